@@ -1,0 +1,18 @@
+"""GISP (Global Iterative Structured Pruning, arXiv 2510.18030) for the Hugging Face Trainer.
+
+Importing the package also teaches ``AutoModelForCausalLM.from_pretrained`` the pruned checkpoints that it writes.
+"""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from gisp_hf.architectures import FAMILIES
+from gisp_hf.callback import GISPPruner
+from gisp_hf.config import GISPConfig
+from gisp_hf.trajectory import Trajectory
+from gisp_hf.version import __version__
+
+__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__"]
+
+for _family in FAMILIES:
+    AutoConfig.register(_family.pruned_config.model_type, _family.pruned_config)
+    AutoModelForCausalLM.register(_family.pruned_config, _family.pruned_model)
