@@ -9,7 +9,7 @@ WORKERS ?= 2
 .PHONY: quickstart test lint format clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python recipes/quickstart.py
+	$(BIN)/python -m recipes.quickstart
 
 test: lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)

@@ -267,8 +267,7 @@ class GISPPruner(TrainerCallback):
         self.level_folders[level] = save_level(
             model,
             self.output_dir / level_name(level),
-            layout=engine.layout,
-            kept=engine.kept(),
+            trajectory=self.trajectory,
             sliced=engine.shrink,
             tokenizer=tokenizer,
             use_cache=self._saved_use_cache,
@@ -318,11 +317,11 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs in one process would be nn.DataParallel; start with `accelerate launch`, or make one "
             "GPU visible by CUDA_VISIBLE_DEVICES=0"
         )
-    checkpointing = args.gradient_checkpointing_kwargs
-    if args.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+    checkpointing = args.activation_checkpointing_kwargs
+    if args.activation_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
         raise ValueError(
             "reentrant gradient checkpointing drops the gradients behind frozen embeddings; set "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "activation_checkpointing_kwargs={'use_reentrant': False}"
         )
 
 

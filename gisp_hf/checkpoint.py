@@ -1,14 +1,12 @@
 """A level <-> a folder: an ordinary Transformers checkpoint, written whole or not at all."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.structures import Layout
 from gisp_hf.surgery import pruned_shell, slice_state_dict
+from gisp_hf.trajectory import Trajectory
 
 TEMPORARY = ".tmp"  # ends the name of a folder that is still being written
 
@@ -17,21 +15,20 @@ def save_level(
     model: PreTrainedModel,
     folder: str | Path,
     *,
-    layout: Layout,
-    kept: Sequence[torch.Tensor],
+    trajectory: Trajectory,
     sliced: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
     use_cache: bool | None = None,
 ) -> Path:
-    """Writes the pruned model with everything that ``from_pretrained`` needs, remote code included.
+    """Writes the pruned model with everything that ``from_pretrained`` needs, remote code and removal order included.
 
     The files are written to ``<folder>.tmp``, which is then renamed, so that ``folder`` either loads or does not exist.
 
     Args:
         model: the model in the middle of a run; it is only read.
         folder: must not exist.
-        kept: per block, the increasing original indices of the structures that stay.
-        sliced: whether the model has lost the others already; if not, they are left out of what is written.
+        trajectory: the removal order up to this level, and no further.
+        sliced: whether the model has lost what is removed already; if not, it is left out of what is written.
         use_cache: for the saved config, since the Trainer changes that of the model it trains.
 
     Raises:
@@ -45,6 +42,7 @@ def save_level(
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     try:
+        layout, kept = trajectory.layout, trajectory.kept_at(len(trajectory))
         state_dict = model.state_dict()
         if not sliced:
             state_dict = slice_state_dict(state_dict, layout, kept)
@@ -55,6 +53,7 @@ def save_level(
         shell.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        trajectory.save(temporary)
         temporary.rename(folder)
     except BaseException:  # Ctrl-C too: nothing half-written stays behind
         shutil.rmtree(temporary, ignore_errors=True)

@@ -78,10 +78,10 @@ def tiny_blocks(count: int = 32, length: int = 16, *, seed: int = 0) -> list[dic
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the words w3 ... w63, with <pad> 0, <bos> 1, <eos> 2."""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    """A word-level tokenizer over the words w4 ... w63, with <pad> 0, <bos> 1, <eos> 2, <unk> 3."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3, **{f"w{i}": i for i in range(4, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="w3"
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )

@@ -1,0 +1,450 @@
+"""Calibration data for a `Trainer`: packed blocks of text, or questions with their answers.
+
+::
+
+    calibration = load_calibration("cmqa", tokenizer, tokens=512_000, seed=0)
+    Trainer(
+        model, args, train_dataset=calibration.dataset, data_collator=calibration.collator,
+        compute_loss_func=calibration.loss, callbacks=[...],
+    )
+
+What is drawn depends on the name, the seed, the budget and the tokenizer alone; ``calibration.provenance`` says what it
+was. Only training splits are read, and no data set's own code is ever run.
+"""
+
+import hashlib
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import datasets
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from gisp_hf.objectives import IGNORE_INDEX, encode_weight, language_modeling_loss, margin_loss
+from gisp_hf.tasks import (
+    Candidate,
+    Messages,
+    Objective,
+    Record,
+    Source,
+    choose_objective,
+    find_sources,
+    loaded_commit,
+    open_source,
+    permutation,
+    shuffled_rows,
+)
+
+# arXiv 2510.18030: 2,000 sequences of 256 tokens; and the same number of tokens for the answer sets.
+DEFAULT_TOKENS = 512_000
+# Answers get longer sequences than text: a question that is cut loses more than a document that is.
+DEFAULT_BLOCK_SIZES: dict[Objective, int] = {"language_modeling": 256, "completion": 512, "margin": 512}
+
+
+class EmptyCompletionError(ValueError):
+    """An answer without a token: there is no loss to take on it."""
+
+
+class LongCompletionError(ValueError):
+    """An answer that does not fit beside one token of its prompt."""
+
+
+class CandidateCollator:
+    """Pads sequences on the right, and lays the candidates of each question out as rows of their own.
+
+    Takes items with ``input_ids`` and ``labels``: one sequence, or a list of sequences (the candidates of a question).
+    Returns ``input_ids``, ``attention_mask`` and ``labels``, each (rows, longest), int64; padding is the pad token, 0
+    and -100. The batch size of the Trainer thus counts *items*: a batch of 4 questions of 4 candidates has 16 rows.
+
+    Args:
+        tokenizer: gives the pad token.
+
+    Raises:
+        ValueError: the tokenizer has no pad token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad_token_id = _pad_token_id(tokenizer)
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids = [sequence for item in features for sequence in _sequences(item["input_ids"])]
+        labels = [sequence for item in features for sequence in _sequences(item["labels"])]
+        lengths = torch.tensor([len(sequence) for sequence in input_ids])
+        return {
+            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
+            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything a Trainer needs, and where it came from.
+
+    Attributes:
+        dataset: ``input_ids`` and ``labels``. Language modelling: blocks of exactly ``block_size`` tokens. Completion:
+            one sequence an item, at most ``block_size`` long. Margin: one question an item, a list of sequences each
+            (layout: `gisp_hf.objectives.margin_loss`), so that a step never sees half a question.
+        collator: ``data_collator`` for the dataset.
+        loss: ``compute_loss_func`` for the dataset.
+        provenance: JSON-ready record: ``name``, ``objective``, ``seed``, ``block_size``, ``tokens`` (padding not
+            counted), ``sequences``, ``items`` (of ``dataset``), ``correct`` and ``incorrect`` (candidates; margin
+            only), ``sha256`` (all input ids, sequence after sequence, as little-endian int64) and ``sources``: for each
+            data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit, where the loader knows it),
+            ``records`` (for a running text: blocks) and ``tokens`` drawn, and ``skipped`` (reason -> records).
+    """
+
+    dataset: datasets.Dataset
+    collator: CandidateCollator
+    loss: Callable[..., torch.Tensor]
+    provenance: dict[str, Any]
+
+
+class _Encoded(NamedTuple):
+    """One sequence of token ids, its labels (same length), and whether it is a correct answer."""
+
+    input_ids: list[int]
+    labels: list[int]
+    correct: bool = True
+
+
+@dataclass
+class _Reading:
+    """A data set being read, and what it has given so far."""
+
+    name: str
+    source: Source
+    dataset: datasets.Dataset | datasets.IterableDataset
+    records: int = 0
+    tokens: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def load_calibration(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: Objective | None = None,
+    tokens: int | None = DEFAULT_TOKENS,
+    block_size: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Calibration:
+    """Draw a calibration set.
+
+    Args:
+        name: a data set of `gisp_hf.tasks.SOURCES`; ``"cmqa"``, the seven decision tasks under one budget; or the path
+            of a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file (columns: `gisp_hf.tasks.find_sources`).
+        tokenizer: needs a pad token; documents are separated by its end-of-text token, if it has one.
+        objective: ``"language_modeling"`` (packed blocks), ``"completion"`` (loss on the right answers only) or
+            ``"margin"``. ``None`` takes what the data set is for.
+        tokens: budget. Blocks use it to the last token. Questions are never cut: they are drawn until the next one
+            would pass it, always from the data set that has given the fewest tokens, so a mixture shares it equally and
+            a small set's unused share goes to the others. ``None`` takes all there is.
+        block_size: tokens in a block, or the most in one sequence. A longer question loses the left end of its prompt,
+            never a token of the answer. ``None``: 256 for language modelling (paper), 512 for answers.
+        seed: fixes the order in which rows are drawn.
+        revision: commit, tag or branch on the Hub, instead of the table's.
+
+    Raises:
+        ValueError: the request cannot be met (unknown name, no pad token, budget not a multiple of the block, too
+            little data), or a row is not what it should be; the message names the row by its position in the split (in
+            the shuffled stream, for a streamed set). Counted in ``provenance`` instead of raised: an answer too long
+            for ``block_size``, an empty text, and an empty answer in a data set of the Hub, which the caller cannot
+            mend.
+    """
+    _pad_token_id(tokenizer)
+    named = find_sources(name, revision=revision)
+    objective = choose_objective(name, named, objective)
+    block_size = DEFAULT_BLOCK_SIZES[objective] if block_size is None else block_size
+    _check_sizes(name, named, objective=objective, tokens=tokens, block_size=block_size)
+
+    readings = [_Reading(label, source, open_source(source)) for label, source in named.items()]
+    streams = [_encode(r, tokenizer, objective=objective, block_size=block_size, seed=seed) for r in readings]
+    drawn = _draw(readings, streams, tokens=tokens, cut=objective == "language_modeling")
+    if objective == "language_modeling":
+        ids = [token for piece in drawn for sequence in piece for token in sequence.input_ids][:tokens]
+        whole = len(ids) // block_size * block_size
+        blocks = [ids[start : start + block_size] for start in range(0, whole, block_size)]
+        drawn = [[_Encoded(block, block)] for block in blocks]
+    if not drawn:
+        skipped = {reading.name: dict(reading.skipped) for reading in readings}
+        raise ValueError(
+            f"{name} gave nothing for tokens={tokens}, block_size={block_size} (skipped: {skipped}): raise them"
+        )
+
+    sequences = [sequence for piece in drawn for sequence in piece]
+    provenance: dict[str, Any] = {
+        "name": Path(name).name,
+        "objective": objective,
+        "seed": seed,
+        "block_size": block_size,
+        "tokens": sum(len(sequence.input_ids) for sequence in sequences),
+        "sequences": len(sequences),
+        "items": len(drawn) if objective == "margin" else len(sequences),
+        "sha256": _sha256(sequences),
+        "sources": [_describe(reading) for reading in readings],
+    }
+    if objective == "margin":
+        correct = sum(sequence.correct for sequence in sequences)
+        provenance |= {"correct": correct, "incorrect": len(sequences) - correct}
+        rows = [_margin_item(piece, correct=correct, incorrect=len(sequences) - correct) for piece in drawn]
+        dataset = datasets.Dataset.from_list(rows)
+    else:
+        columns = {"input_ids": [s.input_ids for s in sequences], "labels": [s.labels for s in sequences]}
+        dataset = datasets.Dataset.from_dict(columns)
+    return Calibration(
+        dataset=dataset,
+        collator=CandidateCollator(tokenizer),
+        loss=margin_loss if objective == "margin" else language_modeling_loss,
+        provenance=provenance,
+    )
+
+
+def encode_completion(
+    prompt: str | Messages, completion: str, *, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    """Token ids of a prompt with its completion, and labels that leave only the completion in the loss.
+
+    Both are tokenized in one go, as a model sees them in use; a token that spans the border belongs to the completion.
+    Chat messages go through the tokenizer's chat template, the completion being the assistant's turn with the end mark
+    that the template gives it. What exceeds ``max_length`` is cut from the left of the prompt, except for a
+    beginning-of-text token, without which many models fall apart.
+
+    Args:
+        prompt: text, or a list of chat messages.
+        completion: follows the prompt as it stands, including the space between them.
+        tokenizer: its own special tokens are added to text, the template's to messages.
+        max_length: most tokens in the result, at least 2.
+
+    Returns:
+        ``input_ids`` and ``labels`` of the same length; labels are -100 on the prompt.
+
+    Raises:
+        EmptyCompletionError: the completion has no token, or only white space.
+        LongCompletionError: it has ``max_length`` tokens or more.
+        ValueError: the prompt has no token, so the first answer token cannot be predicted; or messages were given to a
+            tokenizer without a chat template.
+    """
+    if not completion.strip():
+        raise EmptyCompletionError(f"completion {completion!r} is empty: give the answer's text")
+    prompt_ids, ids = _tokenize_pair(prompt, completion, tokenizer)
+    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
+    length = len(ids) - start  # of the completion
+    if length == 0:
+        raise EmptyCompletionError(f"completion {completion!r} adds no token to its prompt: give the answer's text")
+    if start == 0:
+        raise ValueError(
+            f"prompt {prompt!r} has no token before completion {completion!r}: the answer's first token needs one to "
+            "be predicted from"
+        )
+    if length >= max_length:
+        raise LongCompletionError(
+            f"completion of {length} tokens leaves no room for its prompt in max_length={max_length}: "
+            f"use at least {length + 1}"
+        )
+    room = max_length - length
+    kept = ids[:start]
+    if start > room:
+        first = kept[:1] if kept[0] == tokenizer.bos_token_id and room > 1 else []
+        kept = first + kept[start - room + len(first) :]
+    return {"input_ids": kept + ids[start:], "labels": [IGNORE_INDEX] * len(kept) + ids[start:]}
+
+
+def _tokenize_pair(
+    prompt: str | Messages, completion: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt alone, and of prompt and completion together."""
+    if isinstance(prompt, str):
+        return _tokenize(prompt, tokenizer), _tokenize(prompt + completion, tokenizer)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"prompt {prompt!r} is a list of messages, but the tokenizer has no chat template: give the prompt as "
+            "text, or set tokenizer.chat_template"
+        )
+    messages = [dict(message) for message in prompt]
+    answer = {"role": "assistant", "content": completion}
+    alone = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    answered = cast(str, tokenizer.apply_chat_template([*messages, answer], tokenize=False))
+    # The template has written its special tokens already.
+    return _tokenize(alone, tokenizer, special=False), _tokenize(answered, tokenizer, special=False)
+
+
+def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def _check_sizes(
+    name: str, named: Mapping[str, Source], *, objective: Objective, tokens: int | None, block_size: int
+) -> None:
+    if block_size < 2:
+        raise ValueError(f"block_size must be at least 2, got {block_size}: a token needs another to be predicted from")
+    if tokens is None:
+        if any(source.streaming for source in named.values()):
+            raise ValueError(f"{name} is streamed and practically endless: give tokens, for instance {DEFAULT_TOKENS}")
+    elif tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}: give the budget, or None for all there is")
+    elif objective == "language_modeling" and tokens % block_size:
+        above = (tokens // block_size + 1) * block_size
+        raise ValueError(
+            f"tokens ({tokens}) must be a multiple of block_size ({block_size}), as blocks are full: use {above}"
+        )
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no pad token: set one, for instance tokenizer.pad_token = tokenizer.eos_token "
+            "(padding is masked, so which one does not matter)"
+        )
+    return tokenizer.pad_token_id
+
+
+def _encode(
+    reading: _Reading, tokenizer: PreTrainedTokenizerBase, *, objective: Objective, block_size: int, seed: int
+) -> Iterator[list[_Encoded]]:
+    """The data set's records in seeded order, each as its sequences: one text, or the candidates of one question."""
+    if reading.source.running_text:
+        yield from _cut_running_text(reading, tokenizer, block_size=block_size, seed=seed)
+        return
+    for index, row in shuffled_rows(reading.dataset, seed):
+        try:
+            record = reading.source.read(row)
+            pieces = _encode_record(record, tokenizer, objective=objective, block_size=block_size)
+        except LongCompletionError:
+            reading.skipped["answer longer than block_size"] += 1
+            continue
+        except EmptyCompletionError as error:
+            if reading.source.file is not None:
+                raise ValueError(f"{reading.name}, row {index}: {error}") from error
+            reading.skipped["empty answer"] += 1
+            continue
+        except ValueError as error:
+            raise ValueError(f"{reading.name}, row {index}: {error}") from error
+        if not pieces:
+            reading.skipped["empty text"] += 1
+            continue
+        yield pieces
+
+
+def _encode_record(
+    record: Record, tokenizer: PreTrainedTokenizerBase, *, objective: Objective, block_size: int
+) -> list[_Encoded]:
+    if isinstance(record, str):
+        return [_document(_tokenize(record, tokenizer), tokenizer)] if record.strip() else []
+    _check_sides(record, objective)
+    used = [candidate for candidate in record if candidate.correct or objective == "margin"]
+    if objective == "language_modeling":
+        pairs = [_tokenize_pair(candidate.prompt, candidate.completion, tokenizer) for candidate in used]
+        return [_document(answered, tokenizer) for _, answered in pairs]
+    pieces = []
+    for candidate in used:
+        row = encode_completion(candidate.prompt, candidate.completion, tokenizer=tokenizer, max_length=block_size)
+        pieces.append(_Encoded(row["input_ids"], row["labels"], candidate.correct))
+    return pieces
+
+
+def _check_sides(record: Sequence[Candidate], objective: Objective) -> None:
+    sides = {candidate.correct for candidate in record}
+    if True not in sides:
+        raise ValueError("the question has no correct candidate: give at least one")
+    if objective == "margin" and False not in sides:
+        raise ValueError("the question has no incorrect candidate: add one, or use objective 'completion'")
+
+
+def _document(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> _Encoded:
+    """A text, closed by the end-of-text token, so that the next one in a block starts afresh."""
+    end = tokenizer.eos_token_id
+    closed = ids if end is None or ids[-1:] == [end] else [*ids, end]
+    return _Encoded(closed, closed)
+
+
+def _cut_running_text(
+    reading: _Reading, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
+) -> Iterator[list[_Encoded]]:
+    """Blocks of one long text in seeded order; what is left at its end is dropped."""
+    ids = _tokenize("\n\n".join(row["text"] for row in reading.dataset), tokenizer)
+    for block in permutation(len(ids) // block_size, seed):
+        cut = ids[block * block_size : (block + 1) * block_size]
+        yield [_Encoded(cut, cut)]
+
+
+def _draw(
+    readings: Sequence[_Reading],
+    streams: Sequence[Iterator[list[_Encoded]]],
+    *,
+    tokens: int | None,
+    cut: bool,
+) -> list[list[_Encoded]]:
+    """Records up to the budget, each from the data set that has given the fewest tokens (the first of equals).
+
+    ``cut`` allows the last record to exceed the budget (the caller cuts it); without it the drawing ends before that.
+    """
+    drawn: list[list[_Encoded]] = []
+    total = 0
+    still_open = list(zip(readings, streams, strict=True))
+    while still_open and total != tokens:
+        reading, stream = entry = min(still_open, key=lambda pair: pair[0].tokens)
+        piece = next(stream, None)
+        if piece is None:
+            still_open.remove(entry)
+            continue
+        cost = sum(len(sequence.input_ids) for sequence in piece)
+        if tokens is not None and total + cost > tokens:
+            if not cut:
+                break
+            cost = tokens - total
+        drawn.append(piece)
+        reading.records += 1
+        reading.tokens += cost
+        total += cost
+    if tokens is not None and total < tokens and not still_open:
+        names = ", ".join(reading.name for reading in readings)
+        skipped = {reading.name: dict(reading.skipped) for reading in readings if reading.skipped}
+        raise ValueError(
+            f"{names} held only {total} of tokens={tokens} (skipped: {skipped}): lower tokens, or use tokens=None for "
+            "all there is"
+        )
+    return drawn
+
+
+def _margin_item(piece: Sequence[_Encoded], *, correct: int, incorrect: int) -> dict[str, list[list[int]]]:
+    """A question as an item of the dataset, each candidate's weight in the first of its labels."""
+    weights = {True: encode_weight(correct=True, count=correct), False: encode_weight(correct=False, count=incorrect)}
+    return {
+        "input_ids": [sequence.input_ids for sequence in piece],
+        "labels": [[weights[sequence.correct], *sequence.labels[1:]] for sequence in piece],
+    }
+
+
+def _sequences(value: Any) -> list[torch.Tensor]:
+    """An item's sequences, whether it holds one or a list of them."""
+    nested = torch.as_tensor(value[0]).ndim == 1
+    return [torch.as_tensor(sequence, dtype=torch.long) for sequence in (value if nested else [value])]
+
+
+def _sha256(sequences: Sequence[_Encoded]) -> str:
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(struct.pack(f"<{len(sequence.input_ids)}q", *sequence.input_ids))
+    return digest.hexdigest()
+
+
+def _describe(reading: _Reading) -> dict[str, Any]:
+    source = reading.source
+    return {
+        "name": reading.name,
+        "hub_id": source.hub_id,
+        "config": source.config,
+        "split": source.split if source.hub_id else None,
+        "revision": loaded_commit(reading.dataset) or source.revision,
+        "records": reading.records,
+        "tokens": reading.tokens,
+        "skipped": dict(reading.skipped),
+    }

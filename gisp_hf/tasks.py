@@ -1,0 +1,358 @@
+"""The calibration data sets as a table: where each one is on the Hub, which columns it has, and what a row means.
+
+A converter turns one row into a record: a string (a text), or a tuple of `Candidate` (the possible answers to one
+question; one candidate when there is nothing to choose). Prompts follow the usual zero-shot evaluation formats, so that
+calibration and evaluation ask the same way. Converters raise ``ValueError`` with the reason; the reader adds the row.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+
+Objective = Literal["language_modeling", "completion", "margin"]
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One possible answer.
+
+    Attributes:
+        prompt: text, or chat messages ``[{"role": ..., "content": ...}, ...]``.
+        completion: what follows the prompt, as it stands: it begins with the space that separates the two. After chat
+            messages it is the assistant's turn. Empty means that the data set has no text here.
+        correct: whether it is a right answer.
+    """
+
+    prompt: str | Messages
+    completion: str
+    correct: bool
+
+
+Record = str | tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set.
+
+    Attributes:
+        hub_id: repository on the Hub; ``None`` for a local file.
+        config: configuration within the repository.
+        columns: columns that ``convert`` reads.
+        convert: row -> record.
+        objective: what the data set is calibrated with unless the caller says otherwise.
+        revision: commit or branch to load; ``None`` is the head of main.
+        split: always a training split, so that no evaluation data reach calibration.
+        streaming: too large to download.
+        running_text: the rows are consecutive pieces of one text, not documents of their own.
+        file: path of a local file, in place of ``hub_id``.
+    """
+
+    hub_id: str | None
+    config: str | None
+    columns: tuple[str, ...]
+    convert: Callable[[Mapping[str, Any]], Record]
+    objective: Objective
+    revision: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    running_text: bool = False
+    file: str | None = None
+
+    def read(self, row: Mapping[str, Any]) -> Record:
+        """The record of one row.
+
+        Raises:
+            ValueError: a column is missing or null, or the row contradicts itself.
+        """
+        missing = [column for column in self.columns if row.get(column) is None]
+        if missing:
+            raise ValueError(f"no value in {', '.join(missing)}: the columns {', '.join(self.columns)} are needed")
+        return self.convert(row)
+
+
+def _choose(prompt: str, texts: Sequence[str], gold: int) -> tuple[Candidate, ...]:
+    """Candidates with one prompt and different completions, ``gold`` being the index of the right one."""
+    if not 0 <= gold < len(texts):
+        raise ValueError(f"label {gold} is outside its {len(texts)} choices")
+    return tuple(Candidate(prompt, _after_space(text), index == gold) for index, text in enumerate(texts))
+
+
+def _after_space(text: str) -> str:
+    return f" {text.strip()}" if text.strip() else ""
+
+
+def _number(label: Any) -> int:
+    """A label that the Hub stores as text; unlabelled splits hold an empty string."""
+    try:
+        return int(label)
+    except ValueError:
+        raise ValueError(f"label {label!r} is not a number: is this an unlabelled split?") from None
+
+
+def _labelled_index(labels: Sequence[str], key: str) -> int:
+    """Position of an answer key such as "B" or "2" among the choices' own labels."""
+    key = key.strip()
+    if key not in labels:
+        raise ValueError(f"label {key!r} is outside its choices {list(labels)}")
+    return list(labels).index(key)
+
+
+def _text(row: Mapping[str, Any]) -> Record:
+    return row["text"]
+
+
+def _boolq(row: Mapping[str, Any]) -> Record:
+    question = row["question"].strip().rstrip("?")
+    prompt = f"{row['passage'].strip()}\nQuestion: {question}?\nAnswer:"
+    return _choose(prompt, ("no", "yes"), int(row["answer"]))
+
+
+def _piqa(row: Mapping[str, Any]) -> Record:
+    return _choose(f"Question: {row['goal'].strip()}\nAnswer:", (row["sol1"], row["sol2"]), _number(row["label"]))
+
+
+def _hellaswag(row: Mapping[str, Any]) -> Record:
+    scene = " ".join(part for part in (row["ctx_a"].strip(), row["ctx_b"].strip().capitalize()) if part)
+    prompt = _without_wiki_marks(f"{row['activity_label']}: {scene}")
+    return _choose(prompt, [_without_wiki_marks(ending) for ending in row["endings"]], _number(row["label"]))
+
+
+def _without_wiki_marks(text: str) -> str:
+    """WikiHow rows hold markup: ``[title]`` opens a new sentence, other brackets carry nothing."""
+    text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
+    return re.sub(r" {2,}", " ", text).strip()
+
+
+def _winogrande(row: Mapping[str, Any]) -> Record:
+    """The options differ in the prompt; the completion is the rest of the sentence, the same for both."""
+    before, blank, after = row["sentence"].partition("_")
+    if not blank:
+        raise ValueError(f"sentence {row['sentence']!r} has no blank '_' to fill")
+    gold = _number(row["answer"]) - 1
+    if gold not in (0, 1):
+        raise ValueError(f"label {row['answer']!r} is outside its choices '1' and '2'")
+    options = (row["option1"], row["option2"])
+    return tuple(
+        Candidate(before + option.strip(), _after_space(after), index == gold) for index, option in enumerate(options)
+    )
+
+
+def _arc(row: Mapping[str, Any]) -> Record:
+    choices = row["choices"]
+    gold = _labelled_index(choices["label"], row["answerKey"])
+    return _choose(f"Question: {row['question'].strip()}\nAnswer:", choices["text"], gold)
+
+
+def _openbookqa(row: Mapping[str, Any]) -> Record:
+    choices = row["choices"]
+    gold = _labelled_index(choices["label"], row["answerKey"])
+    return _choose(row["question_stem"].strip(), choices["text"], gold)
+
+
+def _medqa(row: Mapping[str, Any]) -> Record:
+    """The options are part of the prompt, and the candidates are their letters."""
+    options = {letter: text for letter, text in sorted(row["options"].items()) if text is not None}
+    gold = _labelled_index(list(options), row["answer_idx"])
+    listed = "".join(f"{letter}. {text.strip()}\n" for letter, text in options.items())
+    return _choose(f"Question: {row['question'].strip()}\n{listed}Answer:", list(options), gold)
+
+
+def _gsm8k(row: Mapping[str, Any]) -> Record:
+    """The whole worked answer, up to and including its ``#### number``."""
+    prompt = f"Question: {row['question'].strip()}\nAnswer:"
+    return (Candidate(prompt, _after_space(row["answer"]), True),)
+
+
+def _completion(row: Mapping[str, Any]) -> Record:
+    return (Candidate(row["prompt"], row["completion"], True),)
+
+
+def _candidates(row: Mapping[str, Any]) -> Record:
+    sides = ((row["correct"], True), (row["incorrect"], False))
+    return tuple(Candidate(row["prompt"], text, correct) for texts, correct in sides for text in texts)
+
+
+_ARC_COLUMNS = ("question", "choices", "answerKey")
+
+# Revisions are pinned where the data set is streamed or read as one text; for the others the loader reports the commit.
+# PIQA's main branch is a loading script, which is never run: the Hub's own Parquet conversion is read instead.
+SOURCES: dict[str, Source] = {
+    "c4": Source(
+        "allenai/c4",
+        "en",
+        ("text",),
+        _text,
+        "language_modeling",
+        revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        streaming=True,
+    ),
+    "wikitext2": Source(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        ("text",),
+        _text,
+        "language_modeling",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        running_text=True,
+    ),
+    "boolq": Source("google/boolq", None, ("question", "answer", "passage"), _boolq, "margin"),
+    "piqa": Source(
+        "ybisk/piqa", None, ("goal", "sol1", "sol2", "label"), _piqa, "margin", revision="refs/convert/parquet"
+    ),
+    "hellaswag": Source(
+        "Rowan/hellaswag", None, ("activity_label", "ctx_a", "ctx_b", "endings", "label"), _hellaswag, "margin"
+    ),
+    "winogrande": Source(
+        "allenai/winogrande", "winogrande_xl", ("sentence", "option1", "option2", "answer"), _winogrande, "margin"
+    ),
+    "arc_easy": Source("allenai/ai2_arc", "ARC-Easy", _ARC_COLUMNS, _arc, "margin"),
+    "arc_challenge": Source("allenai/ai2_arc", "ARC-Challenge", _ARC_COLUMNS, _arc, "margin"),
+    "openbookqa": Source(
+        "allenai/openbookqa", "main", ("question_stem", "choices", "answerKey"), _openbookqa, "margin"
+    ),
+    "gsm8k": Source("openai/gsm8k", "main", ("question", "answer"), _gsm8k, "completion"),
+    "medqa": Source("GBaker/MedQA-USMLE-4-options", None, ("question", "options", "answer_idx"), _medqa, "margin"),
+}
+
+# One name for several data sets that share one token budget (paper: "CMQA").
+MIXTURES: dict[str, tuple[str, ...]] = {
+    "cmqa": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
+}
+
+# What a data set can be calibrated with, given what it was made for: candidates hold answers, and answers hold text.
+_OBJECTIVES: dict[Objective, tuple[Objective, ...]] = {
+    "language_modeling": ("language_modeling",),
+    "completion": ("completion", "language_modeling"),
+    "margin": ("margin", "completion", "language_modeling"),
+}
+
+_SHUFFLE_BUFFER = 10_000  # documents held while a streamed data set is shuffled
+
+# Loader of `datasets` for each kind of local file.
+_FILE_LOADERS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+_FILE_SCHEMAS = (
+    Source(None, None, ("text",), _text, "language_modeling"),
+    Source(None, None, ("prompt", "completion"), _completion, "completion"),
+    Source(None, None, ("prompt", "correct", "incorrect"), _candidates, "margin"),
+)
+
+
+def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]:
+    """The data sets behind a name of `SOURCES`, a name of `MIXTURES`, or the path of a local file, by their own names.
+
+    A local file's meaning is found by its columns; columns that are not listed here are left alone.
+
+    ========================================  ================================================================
+    columns                                   meaning
+    ========================================  ================================================================
+    ``text``                                  one document a row; a ``.txt`` file is one running text
+    ``prompt``, ``completion``                a question and the answer that the loss is taken on
+    ``prompt``, ``correct``, ``incorrect``    a question and two lists of answers
+    ========================================  ================================================================
+
+    ``prompt`` is a string, or a list of chat messages. Answers are strings that follow the prompt as they stand: begin
+    them with a space where the language wants one.
+
+    Raises:
+        ValueError: nothing has that name; the file is empty, or fits no schema or more than one; or a ``revision`` (to
+            replace the table's) is given for what is not one data set of the Hub.
+    """
+    if revision is not None and name not in SOURCES:
+        raise ValueError(f"revision {revision!r} is for one data set of the Hub, {name!r} is not: leave it out")
+    if name in SOURCES:
+        source = SOURCES[name]
+        return {name: source if revision is None else replace(source, revision=revision)}
+    if name in MIXTURES:
+        return {member: SOURCES[member] for member in MIXTURES[name]}
+    path = Path(name)
+    if path.suffix not in _FILE_LOADERS or not path.is_file():
+        known = ", ".join(sorted([*SOURCES, *MIXTURES]))
+        raise ValueError(
+            f"unknown calibration data {name!r}: choose one of {known}, or give the path of an existing "
+            f"{', '.join(_FILE_LOADERS)} file"
+        )
+    if not path.stat().st_size:
+        raise ValueError(f"{path.name} is empty: give a file with at least one row")
+    return {path.name: _match_schema(path)}
+
+
+def _match_schema(path: Path) -> Source:
+    columns = set(_load_file(path).column_names)
+    fitting = [schema for schema in _FILE_SCHEMAS if columns.issuperset(schema.columns)]
+    if len(fitting) != 1:
+        wanted = "; ".join(", ".join(schema.columns) for schema in _FILE_SCHEMAS)
+        found = "more than one schema" if fitting else "no schema"
+        raise ValueError(
+            f"{path.name}: columns {', '.join(sorted(columns))} fit {found}: rename or drop columns so that they hold "
+            f"just one of: {wanted}"
+        )
+    return replace(fitting[0], file=str(path), running_text=path.suffix == ".txt")
+
+
+def _load_file(path: Path) -> datasets.Dataset:
+    # A text file is one document; by default `datasets` would make every line a row.
+    options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+    return datasets.load_dataset(_FILE_LOADERS[path.suffix], data_files=str(path), split="train", **options)
+
+
+def open_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+    """Load the data set, or begin to stream it. No code from the Hub is run.
+
+    Raises:
+        ValueError: it has no rows.
+    """
+    if source.file is not None:
+        dataset = _load_file(Path(source.file))
+    else:
+        dataset = datasets.load_dataset(
+            source.hub_id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
+        raise ValueError(f"{source.file or source.hub_id} has no rows in {source.split!r}: give data with at least one")
+    return dataset
+
+
+def shuffled_rows(
+    dataset: datasets.Dataset | datasets.IterableDataset, seed: int
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows in seeded order, with their position in the split (in the shuffled stream, where there is no other)."""
+    if isinstance(dataset, datasets.IterableDataset):
+        yield from enumerate(dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+    else:
+        for index in permutation(len(dataset), seed):
+            yield index, dataset[index]
+
+
+def permutation(length: int, seed: int) -> list[int]:
+    """0 ... length - 1 in an order that the seed fixes."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def loaded_commit(dataset: datasets.Dataset | datasets.IterableDataset) -> str | None:
+    """The commit a downloaded data set came from: `datasets` caches it under a folder of that name."""
+    files = dataset.cache_files if isinstance(dataset, datasets.Dataset) else []
+    commits = [re.search(r"[/\\]([0-9a-f]{40})[/\\]", file["filename"]) for file in files]
+    return commits[0].group(1) if commits and commits[0] else None
+
+
+def choose_objective(name: str, named: Mapping[str, Source], objective: Objective | None) -> Objective:
+    """The objective asked for, or what the data sets were made for.
+
+    Raises:
+        ValueError: the data sets do not hold what the objective needs.
+    """
+    made_for = next(iter(named.values())).objective
+    if objective is None:
+        return made_for
+    if objective not in _OBJECTIVES[made_for]:
+        possible = ", ".join(_OBJECTIVES[made_for])
+        raise ValueError(f"{name} cannot be calibrated with objective {objective!r}: choose one of {possible}")
+    return objective

@@ -1,0 +1,424 @@
+import copy
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from gisp_hf import GISPPruner, Trajectory
+from gisp_hf.architectures import discover
+from tests.runs import LEVELS, make_trainer, prune, tiny_config
+from tests.tiny import FAMILIES, tiny_blocks, tiny_model
+
+
+def pruner_of(trainer) -> GISPPruner:
+    return next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, GISPPruner))
+
+
+def assert_survivors_are_bit_identical(model, base, trajectory: Trajectory) -> None:
+    """Every weight of ``model`` must be one of ``base``, and the ones that the trajectory says."""
+    expected = trajectory.apply(copy.deepcopy(base), sparsity=trajectory.config.sparsity_levels[-1])
+    found, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, parameter in wanted.items():
+        assert torch.equal(found[name], parameter), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_run_end_to_end(family, tmp_path, capsys) -> None:
+    model = tiny_model(family)
+    base = copy.deepcopy(model)
+    pruner = prune(model, tmp_path)
+    trajectory = pruner.trajectory
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(2)])
+
+    # the model in memory, the level on disk, and the trajectory applied to the base are one and the same
+    assert_survivors_are_bit_identical(model, base, trajectory)
+    loaded = Trajectory.load(tmp_path / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.ranks, trajectory.ranks))
+    assert (loaded.steps, loaded.config, loaded.base, loaded.layout) == (
+        trajectory.steps,
+        trajectory.config,
+        trajectory.base,
+        trajectory.layout,
+    )
+    for level in LEVELS:
+        on_disk = AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / f"sparsity-{level:.2f}")
+        applied = loaded.apply(copy.deepcopy(base), sparsity=level)
+        for (name, a), b in zip(applied.named_parameters(), on_disk.parameters()):
+            assert torch.equal(a, b), (level, name)
+        assert torch.equal(applied(ids).logits, on_disk(ids).logits)
+    assert torch.equal(model(ids).logits, on_disk(ids).logits)
+
+    # nested, exact accounting, within one structure of the target, protected layers untouched
+    dense = discover(base)
+    largest = max(block.cost for block in dense.blocks)
+    left = [set(), *(set(names_kept(loaded, level)) for level in LEVELS)]
+    assert all(left[i + 1] < left[i] for i in range(1, len(LEVELS)))
+    for level in LEVELS:
+        reached = loaded.sparsity_at(loaded.prefix(level))
+        assert level <= reached < level + largest / dense.total
+    last = sum(parameter.numel() for parameter in on_disk.model.layers.parameters())
+    assert last == trajectory.steps[-1].parameters == round((1 - trajectory.steps[-1].sparsity) * dense.total)
+    for layer in (0, 5):
+        for a, b in zip(base.model.layers[layer].parameters(), on_disk.model.layers[layer].parameters()):
+            assert torch.equal(a, b)
+
+    # a line per step, with what was removed
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GISP step")]
+    assert len(lines) == 5 and all("removed" in line and "loss" in line for line in lines)
+    assert [step.step for step in trajectory.steps] == [1, 2, 3, 4, 5]
+    assert all(step.loss is not None and step.loss > 0 for step in trajectory.steps)
+
+
+def names_kept(trajectory: Trajectory, sparsity: float) -> list[str]:
+    kept = trajectory.kept(sparsity)
+    return [f"{block.name}.{i}" for block, keep in zip(trajectory.layout.blocks, kept) for i in keep.tolist()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shrinking_and_zeroing_remove_the_same(family, tmp_path) -> None:
+    small, zeroed = tiny_model(family), tiny_model(family)
+    ids = tiny_blocks(1)[0]["input_ids"][None]
+    a = prune(small, tmp_path / "a").trajectory
+    b = prune(
+        zeroed, tmp_path / "b", pruner=GISPPruner(tiny_config(), tmp_path / "b" / "levels", shrink=False)
+    ).trajectory
+    assert all(torch.equal(x, y) for x, y in zip(a.ranks, b.ranks))
+    torch.testing.assert_close(zeroed(ids).logits, small(ids).logits, rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in zeroed.parameters()) == sum(p.numel() for p in tiny_model(family).parameters())
+    for level in LEVELS:  # what is written is sliced either way
+        x, y = (
+            (tmp_path / run / "levels" / f"sparsity-{level:.2f}" / "model.safetensors").read_bytes() for run in "ab"
+        )
+        assert x == y
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"optim": "adamw_torch", "weight_decay": 0.1, "learning_rate": 0.1},
+        {"optim": "adamw_torch_fused", "weight_decay": 0.1, "learning_rate": 0.1},
+        {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1, "weight_decay": 0.1},
+        {"optim": "adafactor", "learning_rate": 0.1},
+        {"max_grad_norm": 0.0},
+        {"max_grad_norm": 0.01},
+        {"gradient_accumulation_steps": 1},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4},
+        {"activation_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda arguments: "-".join(f"{key}={value}" for key, value in arguments.items()),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_survivors_are_bit_identical(arguments, dtype, tmp_path) -> None:
+    model = tiny_model("qwen2", dtype=dtype)
+    base = copy.deepcopy(model)
+    pruner = prune(model, tmp_path, **arguments)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert_survivors_are_bit_identical(model, base, pruner.trajectory)
+
+
+def test_accumulation_clipping_and_checkpointing_do_not_change_the_order(tmp_path) -> None:
+    runs = [
+        {},
+        {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 16},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4},
+        {"max_grad_norm": 0.0},
+        {"activation_checkpointing": True},
+        {"weight_decay": 0.5, "learning_rate": 1.0},
+    ]
+    orders = [prune(tiny_model(), tmp_path / str(i), **run).trajectory.ranks for i, run in enumerate(runs)]
+    for order in orders[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(order, orders[0]))
+
+
+def test_only_what_is_scored_requires_a_gradient_and_all_is_given_back(tmp_path) -> None:
+    model = tiny_model("llama", attention_dropout=0.25)
+    model.config.use_cache = True
+    model.get_input_embeddings().weight.requires_grad_(False)
+    model.model.layers[3].mlp.up_proj.weight.requires_grad_(False)  # the user's own flags, odd ones too
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    seen = []
+
+    class Witness(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append(
+                (
+                    {name for name, parameter in model.named_parameters() if parameter.requires_grad},
+                    {name for name, parameter in model.named_parameters() if parameter.grad is not None},
+                    model.model.layers[0].self_attn.attention_dropout,
+                    model.training,
+                )
+            )
+
+    trainer = make_trainer(model, tmp_path)
+    trainer.add_callback(Witness())  # runs after the pruner
+    trainer.train()
+    expected = {
+        f"model.layers.{layer}.{part}.weight"
+        for layer in range(1, 5)
+        for part in (
+            *(f"self_attn.{p}_proj" for p in "qkvo"),
+            *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+        )
+    }
+    assert len(seen) == 5
+    assert all(step == (expected, set(), 0.0, True) for step in seen)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert model.model.layers[0].self_attn.attention_dropout == 0.25
+    assert model.config.use_cache is True and not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    config = json.loads((tmp_path / "levels" / "sparsity-0.20" / "config.json").read_text())
+    assert config["use_cache"] is True and config["attention_dropout"] == 0.25
+
+
+def test_training_stops_by_itself_and_levels_between_steps_are_met(tmp_path) -> None:
+    trainer = make_trainer(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.05, 0.33, 0.5)), max_steps=50)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    names = {path.name for path in (tmp_path / "levels").iterdir()}
+    assert names == {"sparsity-0.05", "sparsity-0.33", "sparsity-0.50", "trajectory.json", "trajectory.safetensors"}
+    trajectory = pruner_of(trainer).trajectory
+    level = Trajectory.load(tmp_path / "levels" / "sparsity-0.33")  # each level carries the order that led to it
+    assert len(level) == trajectory.prefix(0.33)
+    for short, whole in zip(level.ranks, trajectory.ranks):
+        assert torch.equal(short, torch.where(whole < len(level), whole, -1))
+
+
+def test_numbers_reach_the_history_and_the_trackers(tmp_path) -> None:
+    logged = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    trainer = make_trainer(tiny_model(), tmp_path)
+    # Trackers of report_to stand before the callbacks of callbacks=[...]: put one where they are.
+    handler = trainer.callback_handler
+    assert [type(callback).__name__ for callback in handler.callbacks][:2] == ["DefaultFlowCallback", "GISPPruner"]
+    handler.callbacks.insert(2, Tracker())
+    trainer.train()
+    steps = pruner_of(trainer).trajectory.steps
+    for entries in (logged, trainer.state.log_history):
+        rows = [entry for entry in entries if "sparsity" in entry]
+        assert [row["sparsity"] for row in rows] == [step.sparsity for step in steps]
+        assert [row["loss"] for row in rows] == [step.loss for step in steps]
+        assert [row["groups_removed"] for row in rows] == [step.groups for step in steps]
+        assert [row["channels_removed"] for row in rows] == [step.channels for step in steps]
+
+
+def test_the_pruner_comes_before_a_real_tracker(tmp_path) -> None:
+    # any integration from report_to is added before user callbacks; "none" leaves DefaultFlowCallback alone
+    pruner = GISPPruner(tiny_config(), tmp_path / "levels")
+    args = TrainingArguments(output_dir=str(tmp_path / "t"), use_cpu=True, report_to="none", max_steps=5)
+    trainer = Trainer(model=tiny_model(), args=args, train_dataset=tiny_blocks(8))
+    trainer.add_callback(TrainerCallback())
+    trainer.add_callback(pruner)  # after on_init_end
+    trainer.train()
+    assert len(pruner.trajectory.steps) == 5
+    assert trainer.callback_handler.callbacks.index(pruner) == 1
+
+
+def test_calibration_loss_of_the_first_step_is_that_of_the_dense_model(tmp_path) -> None:
+    model = tiny_model()
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
+    with torch.no_grad():
+        dense = model(input_ids=ids, labels=ids).loss.item()
+    assert prune(model, tmp_path).trajectory.steps[0].loss == pytest.approx(dense, rel=1e-5)
+
+
+# ---- refusals and bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_steps": 3}, r"5 pruning steps were asked for, but this run has only 3 .*max_steps=5.*num_steps=3"),
+        ({"max_steps": -1, "num_train_epochs": 2}, r"only 2 \(16 examples, 16 per step, 2 epochs\)"),
+        ({"train_dataset": []}, "data set is empty"),
+    ],
+)
+def test_runs_that_cannot_work_are_refused_at_the_start(arguments, message, tmp_path) -> None:
+    model = tiny_model()
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    if not arguments.get("train_dataset", True):  # the Trainer's own sampler refuses an empty list first
+        with pytest.raises(ValueError, match="num_samples|empty"):
+            make_trainer(model, tmp_path, **arguments).train()
+        return
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model, tmp_path, **arguments).train()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
+    assert not list((tmp_path / "levels").iterdir())
+
+
+def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from gisp_hf.callback import _check_arguments
+
+    class Arguments:
+        fp16 = False
+        deepspeed = None
+        n_gpu = 1
+        activation_checkpointing = False
+        activation_checkpointing_kwargs = None
+
+    for change, message in (
+        ({"fp16": True}, "use bf16=True"),
+        ({"deepspeed": "ds.json"}, "accelerate launch"),
+        ({"n_gpu": 2}, "accelerate launch"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "use_reentrant",
+        ),
+    ):
+        args = Arguments()
+        vars(args).update(change)
+        with pytest.raises(ValueError, match=message):
+            _check_arguments(args)  # type: ignore[arg-type]
+
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        make_trainer(adapted, tmp_path)
+    with torch.inference_mode():
+        inference = tiny_model()
+    with pytest.raises(ValueError, match="cannot have a gradient.*inference_mode"):
+        make_trainer(inference, tmp_path)
+    quantized = tiny_model()
+    quantized.hf_quantizer = object()
+    from gisp_hf.callback import _check_model
+
+    with pytest.raises(ValueError, match="quantize the pruned level"):
+        _check_model(quantized)
+    with pytest.raises(ValueError, match="shrink=True needs a single process without torch_compile"):
+        pruner = GISPPruner(tiny_config(), tmp_path / "l", shrink=True)
+        make_trainer(tiny_model(), tmp_path, pruner=pruner, torch_compile=True)
+    with pytest.raises(ValueError, match="cannot be reached"):
+        make_trainer(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.9,)))
+
+
+def test_output_folders(tmp_path) -> None:
+    (tmp_path / "levels").mkdir()
+    (tmp_path / "levels" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty .*notes.txt"):
+        make_trainer(tiny_model(), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to the output folder.*choose another"):
+        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "file" / "levels"))
+    # without output_dir it is the Trainer's own, where other files may lie, but no earlier run
+    (tmp_path / "trainer").mkdir(exist_ok=True)
+    (tmp_path / "trainer" / "log.txt").write_text("")
+    prune(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config()))
+    assert (tmp_path / "trainer" / "sparsity-0.50" / "config.json").is_file()
+    with pytest.raises(FileExistsError, match="sparsity-0.20"):
+        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config()))
+
+
+def test_a_pruner_prunes_once(tmp_path) -> None:
+    trainer = make_trainer(tiny_model(), tmp_path)
+    trainer.train()
+    with pytest.raises(ValueError, match="has pruned already"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="no trajectory before"):
+        _ = GISPPruner().trajectory
+
+
+class _Poison(TrainerCallback):
+    """Spoils one gradient at one step, before the pruner reads it."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            model.model.layers[2].mlp.up_proj.weight.grad[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradients_stop_the_run(value, tmp_path) -> None:
+    model = tiny_model()
+    trainer = make_trainer(model, tmp_path)
+    trainer.callback_handler.callbacks.insert(0, _Poison(4, value))
+    message = (
+        r"step 4 of 5: the gradient of model.layers.2.mlp.up_proj.weight is not finite.*sparsity-0.20, sparsity-0.30"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        trainer.train()
+    saved = sorted(path.name for path in (tmp_path / "levels").iterdir())
+    assert saved == ["sparsity-0.20", "sparsity-0.30"]
+    for name in saved:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / name)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_loss_without_gradients_names_the_parameter(tmp_path) -> None:
+    trainer = make_trainer(tiny_model(), tmp_path)
+    model = trainer.model
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: (
+        outputs.logits.detach().sum() * 0 + model.model.layers[1].mlp.up_proj.weight.sum()
+    )
+    with pytest.raises(ValueError, match=r"step 1 of 5: model.layers.1.self_attn.q_proj.weight has no gradient"):
+        trainer.train()
+
+
+def test_stopping_early_is_an_error_that_keeps_what_was_saved(tmp_path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 3
+
+    trainer = make_trainer(tiny_model(), tmp_path)
+    trainer.add_callback(Stop())
+    with pytest.raises(RuntimeError, match=r"ended after 3 of 5 pruning steps.*sparsity-0.20, sparsity-0.30"):
+        trainer.train()
+    assert len(Trajectory.load(tmp_path / "levels").steps) == 3
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import safetensors.torch
+from tests.runs import prune
+from tests.tiny import tiny_model
+import transformers.modeling_utils as modeling
+
+folder, moment = Path(sys.argv[1]), int(sys.argv[2])
+write, calls = modeling.safe_save_file, []
+
+def killing(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == moment:
+        Path(args[1]).write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args, **kwargs)
+
+modeling.safe_save_file = killing
+prune(tiny_model(), folder)
+"""
+
+
+def test_a_killed_process_leaves_whole_levels_or_a_temporary_folder(tmp_path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "3"]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert result.returncode == -9, result.stderr
+    names = sorted(path.name for path in (tmp_path / "levels").iterdir())
+    assert names == ["sparsity-0.20", "sparsity-0.30", "sparsity-0.40.tmp"]
+    for name in names[:2]:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / name)
+        Trajectory.load(tmp_path / "levels" / name)
+
+
+def test_sparsity_never_falls_along_a_run(tmp_path) -> None:
+    config = tiny_config(num_steps=12, channel_multiple=8, sparsity_levels=(0.25, 0.45), schedule="cosine")
+    model = tiny_model()
+    trajectory = prune(model, tmp_path, config=config).trajectory
+    assert all(a.sparsity <= b.sparsity for a, b in pairwise(trajectory.steps))
+    for level in (0.25, 0.45):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / f"sparsity-{level:.2f}")
+        sizes = [layer.mlp.up_proj.out_features for layer in loaded.model.layers]
+        assert all(size % 8 == 0 for size in sizes) and trajectory.sparsity_at(trajectory.prefix(level)) >= level
