@@ -2,11 +2,13 @@
 
 import inspect
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -14,11 +16,15 @@ from transformers.trainer_callback import CallbackHandler
 from gisp_hf.architectures import discover
 from gisp_hf.checkpoint import check_output_folder, save_level
 from gisp_hf.config import GISPConfig, level_name
+from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
 from gisp_hf.engine import Engine, NonFiniteGradientError
-from gisp_hf.fingerprint import fingerprint
+from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
+from gisp_hf.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
 from gisp_hf.schedule import targets_of_step
 from gisp_hf.surgery import as_pruned_model
 from gisp_hf.trajectory import Base, Step, Trajectory
+
+Evaluate = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class GISPPruner(TrainerCallback):
@@ -30,11 +36,19 @@ class GISPPruner(TrainerCallback):
     is saved under ``output_dir/sparsity-0.20`` and so on as soon as it is reached, the removal order under
     ``output_dir/trajectory.*``, and the run ends by itself after ``config.num_steps`` steps.
 
+    Works under ``accelerate launch`` too: with DDP every process makes the same choice (checked at every step), with
+    FSDP2 scores are added up over the shards. With the Trainer's own checkpoints (``save_strategy="steps"``) a killed
+    run goes on by ``trainer.train(resume_from_checkpoint=True)``.
+
     Args:
         config: how to prune; the defaults of ``GISPConfig`` if None.
         output_dir: where levels are saved; the Trainer's own ``output_dir`` if None.
         shrink: slice structures out during the run, which makes it cheaper. None: wherever nothing wraps the
             parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
+        layer_groups: bounds the memory of gradients by scoring the layers in this many groups, one pass over the data
+            for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
+        evaluate: called with the model at each level (in eval mode, without gradients); the numbers it returns reach
+            the log and ``level_metrics``. With several processes it is called on all of them.
         base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None.
         base_revision: the commit of that model; looked up in the Hub cache if None.
         calibration: facts about the calibration data, for the record.
@@ -42,11 +56,13 @@ class GISPPruner(TrainerCallback):
     Attributes:
         trajectory: the removal order so far.
         level_folders: level -> folder, for the levels saved so far.
+        level_metrics: level -> what ``evaluate`` returned.
 
     Raises:
         ValueError: when the Trainer is built or training begins, if the model or the arguments do not allow pruning.
-        FileExistsError, OSError: likewise, if the output folder cannot be used.
+        FileExistsError, OSError: when training begins, if the output folder cannot be used.
         FloatingPointError: during the run, if a loss or gradient is not finite.
+        DivergenceError: during the run, if processes choose different structures.
     """
 
     def __init__(
@@ -55,6 +71,8 @@ class GISPPruner(TrainerCallback):
         output_dir: str | Path | None = None,
         *,
         shrink: bool | None = None,
+        layer_groups: int = 1,
+        evaluate: Evaluate | None = None,
         base_model: str | None = None,
         base_revision: str | None = None,
         calibration: dict[str, Any] | None = None,
@@ -62,17 +80,19 @@ class GISPPruner(TrainerCallback):
         self.config = config or GISPConfig()
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.shrink = shrink
+        self.layer_groups = layer_groups
+        self.evaluate = evaluate
         self.base_model = base_model
         self.base_revision = base_revision
         self.calibration = calibration or {}
         self.level_folders: dict[float, Path] = {}
+        self.level_metrics: dict[float, dict[str, float]] = {}
         self._engine: Engine | None = None
+        self._mode: CalibrationMode | None = None
         self._base: Base | None = None
         self._steps: list[Step] = []
-        self._saved_flags: dict[str, bool] = {}
-        self._saved_dropout: list[tuple[nn.Module, str, float]] = []
-        self._saved_use_cache: bool | None = None
-        self._was_training = False
+        self._losses: list[float] = []  # of the passes since the last pruning step
+        self._resumed = False
 
     @property
     def trajectory(self) -> Trajectory:
@@ -86,6 +106,11 @@ class GISPPruner(TrainerCallback):
             steps=tuple(self._steps),
             calibration=self.calibration,
         )
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "the Trainer has not called on_init_end or on_train_begin yet"
+        return self._engine
 
     # ---- when ----------------------------------------------------------------------------------------------------
 
@@ -112,19 +137,34 @@ class GISPPruner(TrainerCallback):
                 )
             _move_before_trackers(self)
             self._prepare(args, model)
-        engine = self._engine
-        assert engine is not None
-        if engine.length:
+        if self.engine.length:
             raise ValueError(
                 "this GISPPruner has pruned already; build a new model, Trainer and GISPPruner for another run"
             )
+        self.engine.model = model  # FSDP2 has put another object in its place
+        assert self._mode is not None
         try:
-            _check_run_length(args, state, self.config.num_steps, train_dataloader)
-            self._base = self._identify(model)
-        except ValueError:
-            self._restore(model)
+            check_run_length(
+                args, state, num_steps=self.config.num_steps, passes=self.layer_groups, dataloader=train_dataloader
+            )
+            self._open_output(args, resumed=state.global_step > 0)
+            if state.global_step:
+                self._resume(args, state, model)
+            else:
+                self._base = self._identify(model)
+        except (ValueError, OSError):
+            self._mode.leave(model)
             raise
-        self._saved_dropout = _switch_off_dropout(model)
+        self._mode.switch_off_dropout(model)
+        if args.world_size == 1 and args.gradient_accumulation_steps == 1:
+            self.engine.score_early()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if self.layer_groups > 1 and self._mode is not None:
+            group = state.global_step % self.layer_groups
+            self._mode.require_gradients(model, self.engine.scored_parameters(group))
 
     def on_pre_optimizer_step(
         self,
@@ -135,34 +175,36 @@ class GISPPruner(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        engine = self._engine
-        assert engine is not None
-        step = state.global_step + 1
+        step, group = state.global_step // self.layer_groups + 1, state.global_step % self.layer_groups
         if step > self.config.num_steps:
             return
         try:
-            engine.accumulate()
+            self.engine.accumulate(group)
         except (NonFiniteGradientError, ValueError) as error:
-            self._restore(model)
+            self._leave(model)
             saved = ", ".join(folder.name for folder in self.level_folders.values()) or "none"
             raise type(error)(
                 f"step {step} of {self.config.num_steps}: {error}. Levels saved before: {saved}"
             ) from error
-        groups = channels = 0
+        if group < self.layer_groups - 1:
+            return
         targets = targets_of_step(
             step, self.config.num_steps, levels=self.config.sparsity_levels, schedule=self.config.schedule
         )
+        groups = channels = 0
         for target, level in targets:
-            removal = engine.advance(target)
+            removal = self.engine.advance(target)
+            check_agreement(self.engine.ranks, step=step, device=args.device)
             groups, channels = groups + removal.groups, channels + removal.channels
             if level is not None:
-                self._save_level(level, model, tokenizer=processing_class)
+                self._save_level(level, model, tokenizer=processing_class, main_process=state.is_world_process_zero)
+                self._evaluate_level(level, model, state)
         self._steps.append(
             Step(
                 step=step,
                 target=targets[-1][0],
-                sparsity=engine.sparsity,
-                parameters=engine.layout.total - engine.removed_parameters,
+                sparsity=self.engine.sparsity,
+                parameters=self.engine.layout.total - self.engine.removed_parameters,
                 groups=groups,
                 channels=channels,
             )
@@ -172,8 +214,10 @@ class GISPPruner(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         control.should_log = True  # the Trainer measures the loss of a step only if it logs that step
-        if state.global_step >= self.config.num_steps:
+        if state.global_step >= self.config.num_steps * self.layer_groups:
             control.should_training_stop = True
+        if state.global_step % self.layer_groups:
+            control.should_save = False  # in the middle of a pruning step there is nothing to go on from
         return control
 
     def on_log(
@@ -185,14 +229,18 @@ class GISPPruner(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or not self._steps or self._steps[-1].loss is not None:
+        if logs is None or "loss" not in logs:
             return
-        loss = float(logs["loss"])
-        step = self._steps[-1] = Step(**{**vars(self._steps[-1]), "loss": loss})
+        self._losses.append(float(logs["loss"]))
+        if not self._steps or self._steps[-1].loss is not None:  # the step has passes to come
+            return
+        # All passes of a step see the same data and the same model, up to the order of summing.
+        loss, self._losses = sum(self._losses) / len(self._losses), []
+        step = self._steps[-1] = replace(self._steps[-1], loss=loss)
         if not math.isfinite(loss):
-            self._restore(model)
+            self._leave(model)
             raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
-        numbers = {
+        numbers: dict[str, float] = {
             "sparsity": step.sparsity,
             "decoder_parameters": step.parameters,
             "groups_removed": step.groups,
@@ -207,13 +255,21 @@ class GISPPruner(TrainerCallback):
                 f"removed {step.groups} groups and {step.channels:,} channels, {step.parameters / 1e6:,.1f}M "
                 "parameters left in the decoder layers"
             )
+            if control.should_save:  # before the Trainer's own files: a complete checkpoint always has the order
+                folder = checkpoint_folder(str(args.output_dir), state.global_step)
+                save_progress(folder, self.trajectory, self._progress(args, state))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        folder = checkpoint_folder(str(args.output_dir), state.global_step)
+        if state.is_world_process_zero and not is_sharded(model.parameters()) and folder.is_dir():
+            drop_weights(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        engine = self._engine
-        assert engine is not None
-        self._restore(model)
+        self._leave(model)
         done = len(self._steps)
         if done and self.output_dir is not None and state.is_world_process_zero:
             self.trajectory.save(self.output_dir)
@@ -222,68 +278,111 @@ class GISPPruner(TrainerCallback):
                 f"training ended after {done} of {self.config.num_steps} pruning steps: the data ran out, or another "
                 f"callback stopped it. Saved so far: {', '.join(map(level_name, self.level_folders)) or 'no level'}"
             )
-        if engine.shrink:
-            as_pruned_model(model, engine.layout, [len(keep) for keep in engine.kept()])
+        if self.engine.shrink:
+            as_pruned_model(model, self.engine.layout, [len(keep) for keep in self.engine.kept()])
 
     # ---- how -----------------------------------------------------------------------------------------------------
 
     def _prepare(self, args: TrainingArguments, model: PreTrainedModel) -> None:
         """Everything that can be refused is refused here; then only what is scored keeps its gradient."""
-        _check_arguments(args)
-        _check_model(model)
-        wrapped = args.world_size > 1 or args.torch_compile
+        check_arguments(args)
+        check_model(model)
+        wrapped = args.world_size > 1 or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:
             raise ValueError(
                 "shrink=True needs a single process without torch_compile; leave it at None to let zeros stay"
             )
+        if self.layer_groups > 1 and args.world_size > 1 and not args.fsdp:
+            raise ValueError(
+                f"layer_groups={self.layer_groups} changes which parameters have a gradient, which DDP cannot follow; "
+                "use FSDP2, a single process, or layer_groups=1"
+            )
         shrink = not wrapped if self.shrink is None else self.shrink
-        engine = Engine(model, discover(model), self.config, shrink=shrink)
+        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_groups=self.layer_groups)
+        self._mode = CalibrationMode(model, self._engine.scored_parameters())
+
+    def _open_output(self, args: TrainingArguments, *, resumed: bool) -> None:
         trainer_dir = Path(str(args.output_dir))
-        if args.process_index == 0:
-            if self.output_dir is None:
-                check_output_folder(trainer_dir, may_hold_others=True)
-            else:
-                check_output_folder(self.output_dir, may_hold_others=False)
+        if args.process_index == 0 and not resumed:
+            own = self.output_dir is not None and self.output_dir != trainer_dir
+            check_output_folder(self.output_dir or trainer_dir, may_hold_others=not own)
         self.output_dir = self.output_dir or trainer_dir
-        self._engine = engine
-        self._saved_use_cache = getattr(model.config, "use_cache", None)  # the Trainer overwrites it after this
-        self._was_training = model.training
-        scored = set(engine.scored_parameters)
-        for name, parameter in model.named_parameters():
-            self._saved_flags[name] = parameter.requires_grad
-            parameter.requires_grad_(name in scored)
 
     def _identify(self, model: PreTrainedModel) -> Base:
         name = self.base_model or model.name_or_path or type(model).__name__
         return Base(
             id=name,
             revision=self.base_revision or _cached_commit(name),
-            fingerprint=fingerprint(model.named_parameters()),
+            fingerprint=model_fingerprint(model.named_parameters()),
         )
 
-    def _save_level(self, level: float, model: PreTrainedModel, *, tokenizer: Any) -> None:
-        engine = self._engine
-        assert engine is not None and self.output_dir is not None
-        self.level_folders[level] = save_level(
-            model,
-            self.output_dir / level_name(level),
-            trajectory=self.trajectory,
-            sliced=engine.shrink,
-            tokenizer=tokenizer,
-            use_cache=self._saved_use_cache,
+    def _progress(self, args: TrainingArguments, state: TrainerState) -> Progress:
+        return Progress(
+            global_step=state.global_step,
+            world_size=args.world_size,
+            examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            layer_groups=self.layer_groups,
+            order=self.trajectory.digest() if self._base else "",
         )
 
-    def _restore(self, model: PreTrainedModel) -> None:
-        """Gives back what was changed for the run: gradient flags, dropout, ``use_cache``, train or eval mode."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._saved_flags.get(name, parameter.requires_grad))
-            parameter.grad = None
-        for module, attribute, value in self._saved_dropout:
-            setattr(module, attribute, value)
-        self._saved_dropout = []
-        if self._saved_use_cache is not None:
-            model.config.use_cache = self._saved_use_cache
-        model.train(self._was_training)
+    def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        """Takes up the removal order of the checkpoint that the Trainer has just read its own state from."""
+        folder = checkpoint_folder(str(args.output_dir), state.global_step)
+        before = load_progress(folder, self._progress(args, state))
+        if before.config != self.config or before.layout != self.engine.layout:
+            raise ValueError(
+                f"the checkpoint {folder} was made with another GISPConfig or model; resume with {before.config}"
+            )
+        if not is_sharded(model.parameters()):  # the Trainer has loaded the zeros into a sharded model already
+            before.check_base(model)
+        self._base, self._steps, self._resumed = before.base, list(before.steps), True
+        for level in self.config.sparsity_levels:
+            reached = before.highest_sparsity() >= level - 1e-9
+            if reached and self._level_folder(level).is_dir():
+                self.level_folders[level] = self._level_folder(level)
+            elif reached:
+                raise ValueError(
+                    f"the checkpoint is beyond {level_name(level)}, but {self._level_folder(level)} is gone; put it "
+                    "back or start anew"
+                )
+        self.engine.restore(before.ranks)
+
+    def _level_folder(self, level: float) -> Path:
+        assert self.output_dir is not None
+        return self.output_dir / level_name(level)
+
+    def _save_level(self, level: float, model: PreTrainedModel, *, tokenizer: Any, main_process: bool) -> None:
+        assert self._mode is not None
+        folder = self._level_folder(level)
+        if main_process or is_sharded(model.parameters()):
+            save_level(
+                model,
+                folder,
+                trajectory=self.trajectory,
+                sliced=self.engine.shrink,
+                tokenizer=tokenizer,
+                use_cache=self._mode.use_cache,
+                main_process=main_process,
+                replace=self._resumed,  # a level saved after the checkpoint, by the run that was killed
+            )
+        self.level_folders[level] = folder
+
+    def _evaluate_level(self, level: float, model: PreTrainedModel, state: TrainerState) -> None:
+        if self.evaluate is None:
+            return
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            self.level_metrics[level] = dict(self.evaluate(model))
+        model.train(training)
+        state.log_history.append({"level": level, **self.level_metrics[level], "step": state.global_step + 1})
+        if state.is_world_process_zero:
+            numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.level_metrics[level].items())
+            tqdm.write(f"{level_name(level)}: {numbers}")
+
+    def _leave(self, model: PreTrainedModel) -> None:
+        assert self._mode is not None
+        self._mode.leave(model)
 
 
 def _move_before_trackers(callback: GISPPruner) -> None:
@@ -299,77 +398,6 @@ def _move_before_trackers(callback: GISPPruner) -> None:
         callbacks = frame.f_locals["self"].callbacks
         callbacks.remove(callback)
         callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    if args.fp16:
-        raise ValueError(
-            "fp16=True scales gradients up and skips steps that overflow, which breaks the scores; use bf16=True, or "
-            "load the model in bfloat16"
-        )
-    if args.deepspeed:
-        raise ValueError(
-            "deepspeed is not supported: its gradients are not on the parameters; use plain accelerate launch (DDP), "
-            "or a single process"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process would be nn.DataParallel; start with `accelerate launch`, or make one "
-            "GPU visible by CUDA_VISIBLE_DEVICES=0"
-        )
-    checkpointing = args.activation_checkpointing_kwargs
-    if args.activation_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
-        raise ValueError(
-            "reentrant gradient checkpointing drops the gradients behind frozen embeddings; set "
-            "activation_checkpointing_kwargs={'use_reentrant': False}"
-        )
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    if "PeftModel" in {cls.__name__ for cls in type(model).__mro__} or getattr(model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "the model has PEFT adapters, which would hide its own weights from the scores; call merge_and_unload() "
-            "first, or prune the base model and train adapters on a pruned level"
-        )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
-        raise ValueError(
-            "the model is quantized, and quantized weights have no gradients; load it in bfloat16, prune, and quantize "
-            "the pruned level"
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.is_inference() or not parameter.is_floating_point():
-            raise ValueError(
-                f"{name} cannot have a gradient (dtype {parameter.dtype}, made under inference_mode: "
-                f"{parameter.is_inference()}); load the model in bfloat16 or float32, outside torch.inference_mode()"
-            )
-
-
-def _check_run_length(args: TrainingArguments, state: TrainerState, num_steps: int, dataloader: Any) -> None:
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    try:
-        examples = len(dataloader.dataset)
-    except (AttributeError, TypeError):  # a stream
-        examples = None
-    if examples == 0:
-        raise ValueError("the training data set is empty; pruning needs calibration examples")
-    if state.max_steps < num_steps:
-        size = f" ({examples} examples, {per_step} per step, {args.num_train_epochs:g} epochs)" if examples else ""
-        raise ValueError(
-            f"{num_steps} pruning steps were asked for, but this run has only {state.max_steps}{size}: set "
-            f"TrainingArguments(max_steps={num_steps}), or GISPConfig(num_steps={state.max_steps})"
-        )
-
-
-def _switch_off_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Sets every dropout probability to 0, and returns what it was. The Trainer puts the model in train mode itself."""
-    changed = []
-    for module in model.modules():
-        attribute = "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "attention_dropout"
-        value = getattr(module, attribute, None)
-        if isinstance(value, float) and value > 0:
-            changed.append((module, attribute, value))
-            setattr(module, attribute, 0.0)
-    return changed
 
 
 def _cached_commit(model_id: str) -> str | None:

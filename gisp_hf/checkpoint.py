@@ -1,11 +1,20 @@
 """A level <-> a folder: an ordinary Transformers checkpoint, written whole or not at all."""
 
+import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from gisp_hf.surgery import pruned_shell, slice_state_dict
+from gisp_hf.distributed import whole
+from gisp_hf.structures import Layout, Member
+from gisp_hf.surgery import pruned_shell, slice_tensor
 from gisp_hf.trajectory import Trajectory
 
 TEMPORARY = ".tmp"  # ends the name of a folder that is still being written
@@ -19,46 +28,109 @@ def save_level(
     sliced: bool,
     tokenizer: PreTrainedTokenizerBase | None = None,
     use_cache: bool | None = None,
+    main_process: bool = True,
+    replace: bool = False,
+    max_shard_size: str | int = "5GB",
 ) -> Path:
     """Writes the pruned model with everything that ``from_pretrained`` needs, remote code and removal order included.
 
     The files are written to ``<folder>.tmp``, which is then renamed, so that ``folder`` either loads or does not exist.
+    Weights are sliced, gathered from their shards if they are sharded, and written one file at a time, so that besides
+    the model itself no more than ``max_shard_size`` is held.
 
     Args:
         model: the model in the middle of a run; it is only read.
-        folder: must not exist.
         trajectory: the removal order up to this level, and no further.
         sliced: whether the model has lost what is removed already; if not, it is left out of what is written.
         use_cache: for the saved config, since the Trainer changes that of the model it trains.
+        main_process: whether this process writes. With sharded weights every process must call this, to give its part.
+        replace: write anew what exists (a run that goes on after a crash); otherwise ``folder`` must not exist.
 
     Raises:
         FileExistsError: if ``folder`` exists.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists already; remove it or choose another output folder")
     temporary = folder.with_name(folder.name + TEMPORARY)
-    if temporary.exists():  # from a run that was killed while it wrote
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    layout, kept = trajectory.layout, trajectory.kept_at(len(trajectory))
+    shell = pruned_shell(model, layout, [len(keep) for keep in kept])
+    if use_cache is not None:
+        shell.config.use_cache = use_cache
+    if main_process:
+        if folder.exists() and not replace:
+            raise FileExistsError(f"{folder} exists already; remove it or choose another output folder")
+        if temporary.exists():  # from a run that was killed while it wrote
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True)
     try:
-        layout, kept = trajectory.layout, trajectory.kept_at(len(trajectory))
-        state_dict = model.state_dict()
-        if not sliced:
-            state_dict = slice_state_dict(state_dict, layout, kept)
-        shell = pruned_shell(model, layout, [len(keep) for keep in kept])
-        shell.load_state_dict(state_dict, assign=True)
-        if use_cache is not None:
-            shell.config.use_cache = use_cache
-        shell.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        trajectory.save(temporary)
-        temporary.rename(folder)
+        cuts = {} if sliced else _cuts(layout, kept)
+        _write_weights(
+            model, temporary, shell=shell, cuts=cuts, main_process=main_process, max_shard_size=max_shard_size
+        )
+        if main_process:
+            shell.config.dtype = model.dtype
+            shell.config.architectures = [type(shell).__name__]
+            custom_object_save(shell, temporary, config=shell.config)  # type: ignore[arg-type]
+            shell.config.save_pretrained(temporary)
+            if shell.generation_config is not None:
+                shell.generation_config.save_pretrained(temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            trajectory.save(temporary)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
     except BaseException:  # Ctrl-C too: nothing half-written stays behind
-        shutil.rmtree(temporary, ignore_errors=True)
+        if main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _cuts(layout: Layout, kept: Sequence[torch.Tensor]) -> dict[str, tuple[Member, torch.Tensor]]:
+    """For every parameter that loses something: how it is shared out, and the structures that it keeps."""
+    return {
+        member.parameter: (member, keep)
+        for block, keep in zip(layout.blocks, kept)
+        if len(keep) < block.size
+        for member in block.members
+    }
+
+
+def _write_weights(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    shell: PreTrainedModel,
+    cuts: Mapping[str, tuple[Member, torch.Tensor]],
+    main_process: bool,
+    max_shard_size: str | int,
+) -> None:
+    """Safetensors files of the pruned size, in the layout of ``save_pretrained``, written one after the other."""
+    state_dict = model.state_dict()
+    # The shell has no storage: it says how the files are to be split before a single weight is read. In a tied model
+    # the LM head is the embedding, and is written once.
+    tied = set(shell.all_tied_weights_keys)
+    planned = {
+        name: torch.empty(tensor.shape, dtype=state_dict[name].dtype, device="meta")
+        for name, tensor in shell.state_dict().items()
+        if name not in tied
+    }
+    split = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensor = whole(state_dict[name])
+            if main_process:
+                if name in cuts:
+                    member, keep = cuts[name]
+                    tensor = slice_tensor(tensor, member.dim, keep, member.width)
+                assert tensor.shape == planned[name].shape, name
+                tensors[name] = tensor.detach().cpu().contiguous()
+        if main_process:
+            save_file(tensors, folder / filename, metadata={"format": "pt"})
+    if main_process and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:

@@ -5,7 +5,15 @@ import torch
 from gisp_hf.structures import Block
 
 
-def score_slices(weight: torch.Tensor, gradient: torch.Tensor, *, dim: int, width: int) -> torch.Tensor:
+def score_slices(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    *,
+    dim: int,
+    width: int,
+    first_row: int = 0,
+    total_rows: int | None = None,
+) -> torch.Tensor:
     """``sum |w * g|`` over consecutive slices of one parameter.
 
     Args:
@@ -13,22 +21,29 @@ def score_slices(weight: torch.Tensor, gradient: torch.Tensor, *, dim: int, widt
         gradient: its gradient, summed over the whole calibration pass *before* this call: same shape.
         dim: the dimension that is cut into slices; ``dim=0`` for a bias.
         width: rows (or columns) per slice.
+        first_row, total_rows: if the two are some rows of the parameter only: where they begin, and how many the whole
+            has. The scores of all parts add up to those of the whole.
 
     Returns:
-        float32 of shape ``(weight.shape[dim] // width,)``.
+        float32 of shape ``(size of the whole along dim // width,)``.
 
     Raises:
         ValueError: if the shapes differ or ``width`` does not divide the dimension.
     """
     if weight.shape != gradient.shape:
         raise ValueError(f"weight {tuple(weight.shape)} and gradient {tuple(gradient.shape)} must have the same shape")
-    rows = weight.shape[dim]
-    if rows % width:
-        raise ValueError(f"width ({width}) must divide dimension {dim} of {tuple(weight.shape)}")
+    total_rows = weight.shape[0] if total_rows is None else total_rows
+    size = total_rows if dim == 0 else weight.shape[dim]
+    if size % width:
+        raise ValueError(f"width ({width}) must divide dimension {dim} of {(total_rows, *weight.shape[1:])}")
     product = weight.detach().to(torch.float32, copy=True).mul_(gradient).abs_()  # a copy: weights stay as they are
     if product.ndim == 2:
         product = product.sum(dim=1 - dim)
-    return product.view(rows // width, width).sum(dim=1)
+    if dim == 0 and len(product) < total_rows:  # a shard may begin and end in the middle of a slice
+        rows = torch.zeros(total_rows, device=product.device)
+        rows[first_row : first_row + len(product)] = product
+        product = rows
+    return product.view(size // width, width).sum(dim=1)
 
 
 def normalizer(block: Block, normalization: str) -> int:

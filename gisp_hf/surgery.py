@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from gisp_hf.architectures import Family, family_of
+from gisp_hf.distributed import local_rows
 from gisp_hf.structures import Block, Layout
 
 
@@ -20,8 +21,11 @@ def rows_of(structures: torch.Tensor, width: int) -> torch.Tensor:
 def zero_structures(model: nn.Module, block: Block, structures: torch.Tensor) -> None:
     """Sets every weight of the given structures (indices, shape ``(n,)``) to zero; shapes stay."""
     for member in block.members:
-        parameter = model.get_parameter(member.parameter)
-        parameter.index_fill_(member.dim, rows_of(structures, member.width).to(parameter.device), 0)
+        part = local_rows(model.get_parameter(member.parameter))  # of a sharded parameter, what this rank holds
+        rows = rows_of(structures, member.width).to(part.tensor.device)
+        if member.dim == 0:
+            rows = rows[(rows >= part.first) & (rows < part.first + len(part.tensor))] - part.first
+        part.tensor.index_fill_(member.dim, rows, 0)
 
 
 @torch.no_grad()
@@ -47,19 +51,6 @@ def slice_structures(model: PreTrainedModel, block: Block, keep: torch.Tensor) -
 def slice_tensor(tensor: torch.Tensor, dim: int, keep: torch.Tensor, width: int) -> torch.Tensor:
     """The kept structures' part of one parameter, as a contiguous tensor of its own."""
     return tensor.index_select(dim, rows_of(keep, width).to(tensor.device)).contiguous()
-
-
-def slice_state_dict(
-    state_dict: dict[str, torch.Tensor], layout: Layout, kept: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A state dict in which only ``kept`` (per block, indices of the structures that stay) is left."""
-    sliced = dict(state_dict)
-    for block, keep in zip(layout.blocks, kept):
-        if len(keep) < block.size:
-            for member in block.members:
-                tensor = sliced[member.parameter]
-                sliced[member.parameter] = slice_tensor(tensor, member.dim, keep, member.width)
-    return sliced
 
 
 def set_pruned_config(

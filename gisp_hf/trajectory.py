@@ -1,5 +1,6 @@
 """The removal order: the one small thing from which every nested model can be built."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,13 @@ class Trajectory:
     def __len__(self) -> int:
         """The number of structures in the order."""
         return sum(int((rank >= 0).sum()) for rank in self.ranks)
+
+    def digest(self) -> str:
+        """64 hex digits of the order: equal only if every structure has the same position."""
+        digest = hashlib.sha256()
+        for rank in self.ranks:
+            digest.update(rank.numpy().tobytes())
+        return digest.hexdigest()
 
     def sparsity_at(self, length: int, *, channel_multiple: int | None = None) -> float:
         """The sparsity after the first ``length`` removals (a fraction of the decoder layers' parameters)."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from gisp_hf import GISPPruner, Trajectory
 from gisp_hf.architectures import discover
+from gisp_hf.preparation import check_arguments, check_model
 from tests.runs import LEVELS, make_trainer, prune, tiny_config
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
@@ -254,13 +255,11 @@ def test_runs_that_cannot_work_are_refused_at_the_start(arguments, message, tmp_
         make_trainer(model, tmp_path, **arguments).train()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1])
-    assert not list((tmp_path / "levels").iterdir())
+    assert not (tmp_path / "levels").exists()
 
 
 def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
     from peft import LoraConfig, get_peft_model
-
-    from gisp_hf.callback import _check_arguments
 
     class Arguments:
         fp16 = False
@@ -281,7 +280,7 @@ def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
         args = Arguments()
         vars(args).update(change)
         with pytest.raises(ValueError, match=message):
-            _check_arguments(args)  # type: ignore[arg-type]
+            check_arguments(args)  # type: ignore[arg-type]
 
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="merge_and_unload"):
@@ -292,10 +291,9 @@ def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
         make_trainer(inference, tmp_path)
     quantized = tiny_model()
     quantized.hf_quantizer = object()
-    from gisp_hf.callback import _check_model
 
     with pytest.raises(ValueError, match="quantize the pruned level"):
-        _check_model(quantized)
+        check_model(quantized)
     with pytest.raises(ValueError, match="shrink=True needs a single process without torch_compile"):
         pruner = GISPPruner(tiny_config(), tmp_path / "l", shrink=True)
         make_trainer(tiny_model(), tmp_path, pruner=pruner, torch_compile=True)
@@ -307,17 +305,17 @@ def test_output_folders(tmp_path) -> None:
     (tmp_path / "levels").mkdir()
     (tmp_path / "levels" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty .*notes.txt"):
-        make_trainer(tiny_model(), tmp_path)
+        make_trainer(tiny_model(), tmp_path).train()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write to the output folder.*choose another"):
-        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "file" / "levels"))
+        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "file" / "levels")).train()
     # without output_dir it is the Trainer's own, where other files may lie, but no earlier run
     (tmp_path / "trainer").mkdir(exist_ok=True)
     (tmp_path / "trainer" / "log.txt").write_text("")
     prune(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config()))
     assert (tmp_path / "trainer" / "sparsity-0.50" / "config.json").is_file()
     with pytest.raises(FileExistsError, match="sparsity-0.20"):
-        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config()))
+        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config())).train()
 
 
 def test_a_pruner_prunes_once(tmp_path) -> None:
@@ -385,10 +383,10 @@ from pathlib import Path
 import safetensors.torch
 from tests.runs import prune
 from tests.tiny import tiny_model
-import transformers.modeling_utils as modeling
+import gisp_hf.checkpoint as checkpoint
 
 folder, moment = Path(sys.argv[1]), int(sys.argv[2])
-write, calls = modeling.safe_save_file, []
+write, calls = checkpoint.save_file, []
 
 def killing(*args, **kwargs):
     calls.append(1)
@@ -397,7 +395,7 @@ def killing(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*args, **kwargs)
 
-modeling.safe_save_file = killing
+checkpoint.save_file = killing
 prune(tiny_model(), folder)
 """
 

@@ -12,9 +12,9 @@ ORDER = [
     # floor 0: plain values, torch
     *("version", "structures", "schedule", "config", "fingerprint", "objectives", "modeling_gisp", "tasks"),
     # floor 1: the method
-    *("architectures", "scoring", "selection", "surgery", "distributed", "trajectory", "calibration"),
+    *("distributed", "architectures", "scoring", "selection", "surgery", "trajectory", "calibration"),
     # floor 2: what a run is made of, and what becomes of its results
-    *("engine", "checkpoint", "materialize", "hub", "cards", "evaluation", "report"),
+    *("engine", "preparation", "checkpoint", "resume", "materialize", "hub", "cards", "evaluation", "report"),
     # floor 3: what the user touches
     *("callback", "cli"),
 ]

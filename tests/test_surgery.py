@@ -1,10 +1,8 @@
-import copy
-
 import pytest
 import torch
 
 from gisp_hf.architectures import discover
-from gisp_hf.surgery import as_pruned_model, pruned_shell, slice_state_dict, slice_structures, zero_structures
+from gisp_hf.surgery import as_pruned_model, pruned_shell, slice_structures, zero_structures
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
 
@@ -94,21 +92,16 @@ def test_gradients_flow_after_slicing() -> None:
         assert parameter.grad.shape == parameter.shape and parameter.grad.abs().sum() > 0
 
 
-def test_state_dict_and_shell_agree_with_slicing(family) -> None:
+def test_shell_has_the_shapes_of_the_sliced_model(family) -> None:
     model = tiny_model(family)
     layout = discover(model)
     keeps = random_keeps(layout)
-    state = slice_state_dict(model.state_dict(), layout, keeps)
     shell = pruned_shell(model, layout, [len(keep) for keep in keeps])
     assert all(parameter.is_meta for parameter in shell.parameters())
-    assert {name: tuple(t.shape) for name, t in shell.state_dict().items()} == {
-        n: tuple(t.shape) for n, t in state.items()
-    }
-    sliced = copy.deepcopy(model)
     for block, keep in zip(layout.blocks, keeps):
-        slice_structures(sliced, block, keep)
-    for name, tensor in sliced.state_dict().items():
-        assert torch.equal(tensor, state[name])
+        slice_structures(model, block, keep)
+    shapes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (shell, model)]
+    assert shapes[0] == shapes[1]
     assert type(model.config).__name__ == FAMILIES[family][0].__name__  # the shell took a copy
 
 
