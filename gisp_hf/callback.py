@@ -12,13 +12,16 @@ from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.training_args import ParallelMode
 
 from gisp_hf.architectures import discover
 from gisp_hf.checkpoint import check_output_folder, save_level
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
 from gisp_hf.engine import Engine, NonFiniteGradientError
+from gisp_hf.hub import PushError, PushReport
 from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
+from gisp_hf.publish import Publisher
 from gisp_hf.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
 from gisp_hf.schedule import targets_of_step
 from gisp_hf.surgery import as_pruned_model
@@ -49,6 +52,10 @@ class GISPPruner(TrainerCallback):
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
         evaluate: called with the model at each level (in eval mode, without gradients); the numbers it returns reach
             the log and ``level_metrics``. With several processes it is called on all of them.
+        hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
+            created if it does not exist. Only the main process pushes.
+        hub_private: whether a new repository is private.
+        hub_token: one that may write there; the one you are logged in with if None.
         base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None.
         base_revision: the commit of that model; looked up in the Hub cache if None.
         calibration: facts about the calibration data, for the record.
@@ -57,10 +64,13 @@ class GISPPruner(TrainerCallback):
         trajectory: the removal order so far.
         level_folders: level -> folder, for the levels saved so far.
         level_metrics: level -> what ``evaluate`` returned.
+        push_report: what the Hub has confirmed, after the run.
 
     Raises:
         ValueError: when the Trainer is built or training begins, if the model or the arguments do not allow pruning.
         FileExistsError, OSError: when training begins, if the output folder cannot be used.
+        PushError: when training begins, if the Hub repository cannot be written to; at its end, if a push failed for
+            good: the levels are safe in ``output_dir`` then.
         FloatingPointError: during the run, if a loss or gradient is not finite.
         DivergenceError: during the run, if processes choose different structures.
     """
@@ -73,6 +83,9 @@ class GISPPruner(TrainerCallback):
         shrink: bool | None = None,
         layer_groups: int = 1,
         evaluate: Evaluate | None = None,
+        hub_model_id: str | None = None,
+        hub_private: bool | None = None,
+        hub_token: str | None = None,
         base_model: str | None = None,
         base_revision: str | None = None,
         calibration: dict[str, Any] | None = None,
@@ -82,6 +95,10 @@ class GISPPruner(TrainerCallback):
         self.shrink = shrink
         self.layer_groups = layer_groups
         self.evaluate = evaluate
+        self.hub_model_id = hub_model_id
+        self.hub_private = hub_private
+        self.hub_token = hub_token
+        self.push_report: PushReport | None = None
         self.base_model = base_model
         self.base_revision = base_revision
         self.calibration = calibration or {}
@@ -93,6 +110,7 @@ class GISPPruner(TrainerCallback):
         self._steps: list[Step] = []
         self._losses: list[float] = []  # of the passes since the last pruning step
         self._resumed = False
+        self._publisher: Publisher | None = None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -130,7 +148,7 @@ class GISPPruner(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._engine is None:  # added by trainer.add_callback, after on_init_end
-            if args.world_size > 1:
+            if _is_distributed(args):
                 raise ValueError(
                     "with several processes GISPPruner must be in Trainer(callbacks=[...]), not in add_callback: "
                     "the model is wrapped with what requires a gradient when training begins"
@@ -148,15 +166,17 @@ class GISPPruner(TrainerCallback):
                 args, state, num_steps=self.config.num_steps, passes=self.layer_groups, dataloader=train_dataloader
             )
             self._open_output(args, resumed=state.global_step > 0)
+            if self.hub_model_id is not None and state.is_world_process_zero:
+                self._publisher = Publisher(self.hub_model_id, private=self.hub_private, token=self.hub_token)
             if state.global_step:
                 self._resume(args, state, model)
             else:
                 self._base = self._identify(model)
-        except (ValueError, OSError):
+        except (ValueError, OSError, PushError):
             self._mode.leave(model)
             raise
         self._mode.switch_off_dropout(model)
-        if args.world_size == 1 and args.gradient_accumulation_steps == 1:
+        if not _is_distributed(args) and args.gradient_accumulation_steps == 1:
             self.engine.score_early()
 
     def on_step_begin(
@@ -199,6 +219,10 @@ class GISPPruner(TrainerCallback):
             if level is not None:
                 self._save_level(level, model, tokenizer=processing_class, main_process=state.is_world_process_zero)
                 self._evaluate_level(level, model, state)
+                if self._publisher is not None:
+                    self._publisher.add_level(
+                        level, self._level_folder(level), trajectory=self.trajectory, metrics=self.level_metrics
+                    )
         self._steps.append(
             Step(
                 step=step,
@@ -280,6 +304,11 @@ class GISPPruner(TrainerCallback):
             )
         if self.engine.shrink:
             as_pruned_model(model, self.engine.layout, [len(keep) for keep in self.engine.kept()])
+        if self._publisher is not None and self.output_dir is not None:
+            self.push_report = self._publisher.finish(
+                self.output_dir, trajectory=self.trajectory, metrics=self.level_metrics
+            )
+            tqdm.write(f"GISP: {len(self.level_folders)} levels and main are at {self.push_report.url}")
 
     # ---- how -----------------------------------------------------------------------------------------------------
 
@@ -287,12 +316,12 @@ class GISPPruner(TrainerCallback):
         """Everything that can be refused is refused here; then only what is scored keeps its gradient."""
         check_arguments(args)
         check_model(model)
-        wrapped = args.world_size > 1 or args.torch_compile or is_sharded(model.parameters())
+        wrapped = _is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:
             raise ValueError(
-                "shrink=True needs a single process without torch_compile; leave it at None to let zeros stay"
+                "shrink=True needs a single process, without torch_compile and launcher; None lets zeros stay"
             )
-        if self.layer_groups > 1 and args.world_size > 1 and not args.fsdp:
+        if self.layer_groups > 1 and _is_distributed(args) and not args.fsdp:
             raise ValueError(
                 f"layer_groups={self.layer_groups} changes which parameters have a gradient, which DDP cannot follow; "
                 "use FSDP2, a single process, or layer_groups=1"
@@ -398,6 +427,11 @@ def _move_before_trackers(callback: GISPPruner) -> None:
         callbacks = frame.f_locals["self"].callbacks
         callbacks.remove(callback)
         callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
+
+
+def _is_distributed(args: TrainingArguments) -> bool:
+    """Whether DDP or FSDP wraps the model: under a launcher they do so with a single process too."""
+    return args.parallel_mode == ParallelMode.DISTRIBUTED
 
 
 def _cached_commit(model_id: str) -> str | None:

@@ -248,7 +248,9 @@ _FILE_SCHEMAS = (
 def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]:
     """The data sets behind a name of `SOURCES`, a name of `MIXTURES`, or the path of a local file, by their own names.
 
-    A local file's meaning is found by its columns; columns that are not listed here are left alone.
+    Any other data set of the Hub with a column ``text`` is named ``owner/name``, or ``owner/name:config``; its split
+    ``train`` is streamed. A local file's meaning is found by its columns; columns that are not listed here are left
+    alone.
 
     ========================================  ================================================================
     columns                                   meaning
@@ -273,11 +275,14 @@ def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]
     if name in MIXTURES:
         return {member: SOURCES[member] for member in MIXTURES[name]}
     path = Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and path.suffix not in _FILE_LOADERS:
+        hub_id, _, config = name.partition(":")
+        return {name: Source(hub_id, config or None, ("text",), _text, "language_modeling", streaming=True)}
     if path.suffix not in _FILE_LOADERS or not path.is_file():
         known = ", ".join(sorted([*SOURCES, *MIXTURES]))
         raise ValueError(
-            f"unknown calibration data {name!r}: choose one of {known}, or give the path of an existing "
-            f"{', '.join(_FILE_LOADERS)} file"
+            f"unknown calibration data {name!r}: choose one of {known}, give owner/name[:config] of a data set on "
+            f"the Hub with a column 'text', or the path of an existing {', '.join(_FILE_LOADERS)} file"
         )
     if not path.stat().st_size:
         raise ValueError(f"{path.name} is empty: give a file with at least one row")

@@ -24,7 +24,6 @@ from transformers import (
     TrainingArguments,
 )
 
-
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
 from gisp_hf.evaluation import measure_speed, perplexity
 from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed

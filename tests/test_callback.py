@@ -294,7 +294,7 @@ def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
 
     with pytest.raises(ValueError, match="quantize the pruned level"):
         check_model(quantized)
-    with pytest.raises(ValueError, match="shrink=True needs a single process without torch_compile"):
+    with pytest.raises(ValueError, match="shrink=True needs a single process, without torch_compile"):
         pruner = GISPPruner(tiny_config(), tmp_path / "l", shrink=True)
         make_trainer(tiny_model(), tmp_path, pruner=pruner, torch_compile=True)
     with pytest.raises(ValueError, match="cannot be reached"):

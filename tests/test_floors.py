@@ -14,7 +14,18 @@ ORDER = [
     # floor 1: the method
     *("distributed", "architectures", "scoring", "selection", "surgery", "trajectory", "calibration"),
     # floor 2: what a run is made of, and what becomes of its results
-    *("engine", "preparation", "checkpoint", "resume", "materialize", "hub", "cards", "evaluation", "report"),
+    *(
+        "engine",
+        "preparation",
+        "checkpoint",
+        "resume",
+        "materialize",
+        "hub",
+        "cards",
+        "publish",
+        "evaluation",
+        "report",
+    ),
     # floor 3: what the user touches
     *("callback", "cli"),
 ]

@@ -1,0 +1,164 @@
+"""Which levels there are: in a run's output folder, or in a repository (``levels.json``)."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from gisp_hf.config import level_name
+from gisp_hf.hub.failures import checked_token
+from gisp_hf.trajectory import Trajectory
+from gisp_hf.version import __version__
+
+LEVELS_FILE = "levels.json"
+FORMAT = 1
+
+_LEVEL = re.compile(r"sparsity-(0\.\d{2,4})", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_METRIC = re.compile(r"[A-Za-z0-9_][\w.@%/ -]{0,63}", re.ASCII)
+_LARGEST = 2**20  # bytes of a levels.json
+
+
+@dataclass(frozen=True)
+class LevelInfo:
+    """One level of a run.
+
+    ``name`` is its folder and its branch, ``sparsity`` what was asked for: a fraction (0-1) of the decoder layers'
+    parameters. ``parameters`` counts the whole checkpoint, ``decoder_parameters`` what the decoder layers have left.
+    ``commit`` is None until the level is pushed.
+    """
+
+    name: str
+    sparsity: float
+    parameters: int
+    decoder_parameters: int
+    commit: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def read_levels(
+    repo_or_folder: str | Path, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+) -> list[LevelInfo]:
+    """The levels of a repository (as its ``levels.json`` says) or of a run's output folder, the mildest first.
+
+    Args:
+        revision: a tag or commit of the repository; ``main`` if None.
+
+    Raises:
+        FileNotFoundError: if there is neither such a folder nor such a repository, or no level in it.
+        ValueError: if there is no such revision, or if ``levels.json`` or a folder is not what this package writes.
+    """
+    folder = Path(repo_or_folder)
+    if folder.is_dir():
+        levels = [_read_folder(path) for path in folder.iterdir() if _is_level_name(path.name)]
+        if not levels:
+            raise FileNotFoundError(f"{folder} holds no level (sparsity-0.20 ...); give the output folder of a run")
+        return sorted(levels, key=lambda level: level.sparsity)
+    try:
+        path = hf_hub_download(
+            str(repo_or_folder),
+            LEVELS_FILE,
+            revision=revision,
+            token=None if token is None else checked_token(token),
+            endpoint=endpoint,
+            library_name="gisp_hf",
+            library_version=__version__,
+        )
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_or_folder} holds no {LEVELS_FILE}: a run was not pushed there, or not to the end; "
+            "`gisp-hf push FOLDER --repo ID` does that"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{repo_or_folder} is neither a folder here nor a repository on the Hub that you can read; check the name, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo_or_folder} has no revision {revision!r}; give a tag or a commit of it") from error
+    return _parse_levels(Path(path), f"{LEVELS_FILE} of {repo_or_folder}")
+
+
+def levels_json(levels: Sequence[LevelInfo]) -> bytes:
+    """Branch -> commit, sparsity, parameters and metrics; nothing in it that another push would change."""
+    entries = {level.name: {key: value for key, value in asdict(level).items() if key != "name"} for level in levels}
+    text = json.dumps({"format": FORMAT, "levels": entries}, indent=1, sort_keys=True, allow_nan=False)
+    return text.encode() + b"\n"
+
+
+def check_metrics(name: str, metrics: Mapping[str, float]) -> None:
+    """Refuses what cannot be written to ``levels.json``, or should not be believed that stands there.
+
+    Raises:
+        ValueError: if a name is not a short plain one, or a number is not finite.
+    """
+    for key, value in metrics.items():
+        if not isinstance(key, str) or not _METRIC.fullmatch(key):
+            raise ValueError(f"{name} has a metric named {key!r}; use up to 64 letters, digits, spaces and _.@%/-")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name}: {key} is {value!r}; give a finite number, or leave it out")
+
+
+def _is_level_name(name: str) -> bool:
+    match = _LEVEL.fullmatch(name)
+    return match is not None and float(match[1]) > 0 and level_name(float(match[1])) == name
+
+
+def _read_folder(folder: Path) -> LevelInfo:
+    trajectory = Trajectory.load(folder)  # as far as this level: its end is this level
+    parameters = 0
+    for path in folder.glob("model*.safetensors"):
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read: {error}; save the level again") from error
+    total = trajectory.layout.total
+    return LevelInfo(
+        name=folder.name,
+        sparsity=float(folder.name.removeprefix("sparsity-")),
+        parameters=parameters,
+        decoder_parameters=total - round(trajectory.highest_sparsity() * total),
+    )
+
+
+def _parse_levels(path: Path, label: str) -> list[LevelInfo]:
+    """Trusts nothing: what is read here becomes a revision, a path, or a line on a screen."""
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST:,} bytes")
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts["format"] != FORMAT:
+            raise ValueError(f"it has format {facts['format']!r}, this version of gisp_hf reads format {FORMAT}")
+        levels = [LevelInfo(name=name, **entry) for name, entry in facts["levels"].items()]
+        for level in levels:
+            _check_level(level)
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        reason = "".join(letter if letter.isprintable() else "?" for letter in str(error))[:300]
+        raise ValueError(f"{label} is not what `gisp-hf push` writes, and nothing of it is used: {reason}") from error
+    return sorted(levels, key=lambda level: level.sparsity)
+
+
+def _check_level(level: LevelInfo) -> None:
+    if not _is_level_name(level.name):
+        raise ValueError(f"{level.name!r} is not the name of a level, such as sparsity-0.20")
+    if type(level.sparsity) is not float or level_name(level.sparsity) != level.name:
+        raise ValueError(f"{level.name} has the sparsity {level.sparsity!r}")
+    for number in (level.parameters, level.decoder_parameters):
+        if type(number) is not int or not 0 <= number < 2**53:
+            raise ValueError(f"{level.name} has {number!r} parameters")
+    if not isinstance(level.commit, str) or not _COMMIT.fullmatch(level.commit):
+        raise ValueError(f"{level.name} has the commit {level.commit!r}, which is none")
+    check_metrics(level.name, level.metrics)

@@ -1,0 +1,379 @@
+"""Prune once, deploy many: any level of a trajectory, cut straight out of the files of the unpruned model.
+
+The dense model is never in memory: its checkpoint is read one tensor at a time, and what a level lacks is dropped
+before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors, hf_hub_download, is_offline_mode
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from gisp_hf.architectures import discover
+from gisp_hf.checkpoint import save_level
+from gisp_hf.fingerprint import combine_checksums, tensor_checksum
+from gisp_hf.surgery import pruned_shell, slice_tensor
+from gisp_hf.trajectory import FACTS_FILE, RANKS_FILE, Trajectory
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+# A tokenizer is one of the first three, with whatever there is of the others.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+
+Cut = tuple[int, torch.Tensor, int]  # of one parameter: the dimension, the structures that stay, rows of a structure
+
+
+def load_trajectory(
+    repo_or_folder: str | Path, *, revision: str | None = None, token: str | None = None, endpoint: str | None = None
+) -> Trajectory:
+    """The removal order of a run: from its output folder, or from the repository its levels were pushed to.
+
+    Args:
+        revision: a branch, tag or commit of the repository; ``main`` if None, which holds the whole order.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or no trajectory in it.
+        ValueError: if the repository has no such revision, or the trajectory is damaged.
+    """
+    files, first = _pin(_Files(repo_or_folder, revision, token, endpoint), FACTS_FILE)
+    if first is None or files.fetch(RANKS_FILE) is None:
+        raise FileNotFoundError(
+            f"{repo_or_folder} holds no {FACTS_FILE} and {RANKS_FILE}; give the output folder of a pruning run, or a "
+            "repository that such a folder was pushed to"
+        )
+    return Trajectory.load(first.parent)
+
+
+def load_level(
+    repo_or_folder: str | Path,
+    *,
+    sparsity: float,
+    base_model: str | Path | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    channel_multiple: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> PreTrainedModel:
+    """Any level of a trajectory, saved or not, from the trajectory and the unpruned model's own checkpoint.
+
+    Peak memory is that of the pruned model and one tensor of the unpruned one. No level has to be downloaded, nor the
+    dense model to be loaded; no remote code is run.
+
+    Args:
+        repo_or_folder: where the trajectory is: the output folder of a run, or a repository on the Hub.
+        sparsity: a fraction of the decoder layers' parameters, in (0, the end of the trajectory].
+        base_model: the unpruned model, a Hub id or a folder with safetensors; the one the trajectory names if None.
+        base_revision: the revision of that model; the one the trajectory names if ``base_model`` is its model.
+        revision: a branch, tag or commit of the trajectory's repository; ``main`` if None.
+        channel_multiple: channels kept per layer are rounded up to a multiple of this; by default as in the run.
+        dtype: of the weights; as ``from_pretrained`` would choose for the unpruned model if None.
+        device: where the model goes once it is complete; the CPU if None.
+        token: for private or gated repositories; the one you are logged in with if None.
+        endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.
+
+    Returns:
+        The pruned model in evaluation mode, with the generation config of the unpruned one.
+
+    Raises:
+        FileNotFoundError: if there is no trajectory, no base model, or no safetensors in it.
+        ValueError: if the sparsity cannot be reached, or the model is not the one the trajectory was made from. A run
+            that loaded its model in float16 fits only a checkpoint that is stored in float16.
+    """
+    trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
+    level = _up_to(trajectory, sparsity, channel_multiple)
+    base = _open_base(level, _Files(base_model or level.base.id, base_revision, token, endpoint))
+    model = _cut(level, base, dtype)
+    model.name_or_path = model.config.name_or_path = str(repo_or_folder)
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
+
+
+def materialize(
+    repo_or_folder: str | Path,
+    output_dir: str | Path,
+    *,
+    sparsity: float,
+    base_model: str | Path | None = None,
+    base_revision: str | None = None,
+    revision: str | None = None,
+    channel_multiple: int | None = None,
+    dtype: torch.dtype | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Path:
+    """Writes any level of a trajectory as an ordinary checkpoint, as a run would have saved it.
+
+    That is with the tokenizer of the unpruned model, and the removal order up to this level. The arguments are those of
+    ``load_level``. ``output_dir`` must not exist; it appears once everything is written.
+
+    Returns:
+        ``output_dir``.
+
+    Raises:
+        FileExistsError: if ``output_dir`` exists.
+        FileNotFoundError, ValueError: as ``load_level``.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
+    trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
+    level = _up_to(trajectory, sparsity, channel_multiple)
+    base = _open_base(level, _Files(base_model or level.base.id, base_revision, token, endpoint))
+    tokenizer = _load_tokenizer(base)  # before the weights, which take time
+    model = _cut(level, base, dtype)
+    return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a folder, or of one revision of a repository, by exact name."""
+
+    source: str | Path
+    revision: str | None
+    token: str | None
+    endpoint: str | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.source} at revision {self.revision}" if self.revision else str(self.source)
+
+    def fetch(self, filename: str) -> Path | None:
+        """A local copy of the file, or None if there is no such file."""
+        if Path(self.source).is_dir():
+            path = Path(self.source) / filename
+            return path if path.is_file() else None
+        name, revision = str(self.source), self.revision
+        try:
+            return Path(hf_hub_download(name, filename, revision=revision, token=self.token, endpoint=self.endpoint))
+        except errors.RemoteEntryNotFoundError:
+            return None
+        except errors.LocalEntryNotFoundError:
+            if is_offline_mode():  # what is not in the cache cannot be told from what does not exist
+                return None
+            raise
+
+    @contextmanager
+    def opened(self, filename: str) -> Iterator[Any]:
+        """A safetensors file, open for reading. A missing one, or one that is damaged, is an error of the user's."""
+        if (path := self.fetch(filename)) is None:
+            raise FileNotFoundError(f"{self.label} lacks {filename}, which its {INDEX_FILE} names")
+        try:
+            # pread: mapped pages would count as memory, and stay until the file is closed
+            with safe_open(path, framework="pt", backend="pread") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(f"{filename} of {self.label} cannot be read: {error}") from error
+
+
+def _pin(files: _Files, filename: str) -> tuple[_Files, Path | None]:
+    """The same files in one commit, even if a branch moves meanwhile, and the first file that is asked of them."""
+    try:
+        path = files.fetch(filename)
+    except errors.GatedRepoError:
+        raise  # says itself what to do
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{files.source} is neither a folder here nor a repository on the Hub that you can read; check the name, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{files.source} has no revision {files.revision!r}; give a branch, tag or commit") from error
+    if Path(files.source).is_dir():
+        return replace(files, revision=None), path
+    # A file of the Hub lies in a folder that is named after its commit.
+    return (files if path is None else replace(files, revision=path.parent.name)), path
+
+
+def _open_base(level: Trajectory, files: _Files) -> _Files:
+    if files.revision is None and str(files.source) == level.base.id:
+        files = replace(files, revision=level.base.revision)
+    hint = "; base_model= names the unpruned model, by its Hub id or a folder"
+    try:
+        files, config_file = _pin(files, "config.json")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the base model was not found: {error}{hint}") from error
+    if config_file is None:
+        raise FileNotFoundError(f"the base model was not found: {files.source} holds no config.json{hint}")
+    return files
+
+
+def _load_tokenizer(base: _Files) -> PreTrainedTokenizerBase | None:
+    found = [base.fetch(name) for name in TOKENIZER_FILES]
+    folder = next((path.parent for path in found[:3] if path is not None), None)
+    return None if folder is None else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None) -> Trajectory:
+    """The part of a trajectory that leads to a level, and no more: its end is the level."""
+    if channel_multiple is not None and channel_multiple < 1:
+        raise ValueError(f"channel_multiple must be at least 1, got {channel_multiple}; 64 or 128 suits GPUs")
+    multiple = channel_multiple or trajectory.config.channel_multiple
+    length = trajectory.prefix(sparsity, channel_multiple=multiple)
+    reached = trajectory.sparsity_at(length, channel_multiple=multiple)
+    return replace(
+        trajectory,
+        ranks=tuple(torch.where(rank < length, rank, -1) for rank in trajectory.ranks),
+        config=replace(trajectory.config, channel_multiple=multiple),
+        steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
+    )
+
+
+def _cut(level: Trajectory, base: _Files, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model at the end of ``level``, with the weights of ``base``."""
+    config_file = base.fetch("config.json")
+    assert config_file is not None
+    config = AutoConfig.from_pretrained(config_file.parent, trust_remote_code=False)
+    dense = _dense_on_meta(level, config, base)
+    shell = pruned_shell(dense, level.layout, [len(keep) for keep in level.kept_at(len(level))])
+    weights = _read_weights(level, base, dense=dense, shell=shell, dtype=dtype or config.dtype)
+    dtype = next(iter(weights.values())).dtype
+    # Given a state dict, from_pretrained takes these very tensors, ties what is tied, and computes what no checkpoint
+    # holds (the rotary frequencies, the scale of Gemma's embeddings). It neither reads nor downloads anything.
+    model = type(shell).from_pretrained(None, config=shell.config, state_dict=weights, dtype=dtype)
+    if (path := base.fetch(GENERATION_FILE)) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+    return model
+
+
+def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: _Files) -> PreTrainedModel:
+    """The unpruned model without weights, once it is clear that the trajectory is about a model of this shape."""
+    made_from = f"this trajectory was made from {level.base.id}"
+    wanted = level.layout.architecture
+    if config.model_type != wanted:
+        pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
+        raise ValueError(
+            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the unpruned model"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    found = discover(dense)
+    if found != level.layout:
+        raise ValueError(
+            f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
+            f"{base.label} has {found.num_layers} layers and {found.total:,} parameters. Give the unpruned model"
+        )
+    return dense
+
+
+def _read_weights(
+    level: Trajectory, base: _Files, *, dense: PreTrainedModel, shell: PreTrainedModel, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Every parameter of the pruned model, from one pass over the files, which also proves where they come from.
+
+    Args:
+        dense, shell: the model before and after, without weights: the shapes to be read and those to be kept.
+        dtype: of the result; that of the first tensor in the files if None.
+    """
+    cuts: dict[str, Cut] = {
+        member.parameter: (member.dim, keep, member.width)
+        for block, keep in zip(level.layout.blocks, level.kept_at(len(level)))
+        if len(keep) < block.size
+        for member in block.members
+    }
+    shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
+    weights: dict[str, torch.Tensor] = {}
+    checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
+    with logging.tqdm(total=len(shapes), desc="Cutting weights") as progress:
+        for filename, names in _names_by_file(base, dense, shapes).items():
+            with base.opened(filename) as file:
+                if not weights:
+                    dtype = dtype or file.get_slice(names[0][0])[:1].dtype
+                    # All at once: among tensors that come and go, each one that stays would leave a hole behind it.
+                    weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in shell.named_parameters()}
+                for stored, name in names:
+                    checksum = _read_one(file, stored, into=weights[name], shape=shapes[name], cut=cuts.get(name))
+                    checksums.append((name, shapes[name], checksum))
+                    progress.update()
+    found = combine_checksums(checksums)
+    if found != level.base.fingerprint:
+        wanted = level.base.id + (f" at revision {level.base.revision}" if level.base.revision else "")
+        raise ValueError(
+            f"the weights of {base.label} are not those of {wanted}, which this trajectory was made from: fingerprint "
+            f"{found[:12]}, expected {level.base.fingerprint[:12]}. Give the very model that was pruned, in the same "
+            "revision; a fine-tuned one needs a trajectory of its own"
+        )
+    return weights
+
+
+def _names_by_file(base: _Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """File -> (name in the file, name in the model) of every parameter."""
+    stored_in = _stored_tensors(base)
+    # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
+    tied: dict[str, str] = {source: target for target, source in dense.all_tied_weights_keys.items()}
+    by_file: dict[str, list[tuple[str, str]]] = {}
+    for name in names:
+        stored = name if name in stored_in else tied.get(name, name)
+        if stored not in stored_in:
+            raise ValueError(
+                f"the checkpoint of {base.label} lacks {name}; if transformers can load it all the same, use "
+                "Trajectory.apply on the loaded model"
+            )
+        by_file.setdefault(stored_in[stored], []).append((stored, name))
+    return by_file
+
+
+def _stored_tensors(base: _Files) -> dict[str, str]:
+    """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
+    if base.fetch(WEIGHTS_FILE) is not None:
+        with base.opened(WEIGHTS_FILE) as file:
+            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
+    if (index_file := base.fetch(INDEX_FILE)) is None:
+        raise FileNotFoundError(
+            f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
+            "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
+        )
+    try:
+        stored_in: dict[str, str] = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{INDEX_FILE} of {base.label} cannot be read: {error}") from error
+    for filename in set(stored_in.values()):
+        if not isinstance(filename, str) or not re.fullmatch(r"[\w.-]+\.safetensors", filename):
+            raise ValueError(f"{INDEX_FILE} of {base.label} names {filename!r}, which is no safetensors file beside it")
+    return stored_in
+
+
+@torch.no_grad()
+def _read_one(
+    file: Any, stored: str, *, into: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
+) -> tuple[int, int]:
+    """Reads one tensor, leaves in ``into`` what is kept of it, and returns the checksum of all of it."""
+    found = tuple(file.get_slice(stored).get_shape())
+    if found != shape:
+        raise ValueError(f"{stored} has shape {found} in the checkpoint, its config says {shape}")
+    tensor = file.get_tensor(stored)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
+    checksum = tensor_checksum(tensor)
+    into.copy_(tensor if cut is None else slice_tensor(tensor, *cut))
+    return checksum

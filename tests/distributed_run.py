@@ -1,0 +1,145 @@
+"""What each process of a distributed test runs; started by ``accelerate launch`` or ``torchrun``.
+
+python -m tests.distributed_run MODE FOLDER [options as JSON]
+"""
+
+import json
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback
+
+from gisp_hf import GISPPruner
+from tests.runs import make_trainer, tiny_config
+from tests.tiny import tiny_model
+
+
+class CountSyncs(TrainerCallback):
+    """Counts the gradient buckets that DDP reduces, by a communication hook of DDP's own."""
+
+    trainer: Trainer
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self.backward = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        def hook(_, bucket):
+            self.passes += bucket.is_last()
+            future = dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True).get_future()
+            return future.then(lambda done: done.value()[0])
+
+        self.trainer.model_wrapped.register_comm_hook(None, hook)
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.backward += 1
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.backward += 1
+
+
+class Disturb(TrainerCallback):
+    """Makes one rank differ, or die, at a step."""
+
+    def __init__(self, kind: str, rank: int, step: int) -> None:
+        self.kind, self.rank, self.step = kind, rank, step
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if args.process_index == self.rank and state.global_step + 1 == self.step:
+            if self.kind == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = torch.randn_like(parameter.grad)
+
+
+def run_ddp(folder: Path, options: dict) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    disturb = options.pop("disturb", None)
+    pruner = GISPPruner(tiny_config(), folder / "levels")
+    trainer = make_trainer(
+        tiny_model(),
+        folder,
+        pruner=pruner,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        ddp_timeout=60,
+        **options,
+    )
+    if disturb:
+        trainer.callback_handler.callbacks.insert(0, Disturb(**disturb))
+    counter = CountSyncs()
+    counter.trainer = trainer
+    if world > 1:
+        trainer.add_callback(counter)
+    trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+    if trainer.is_world_process_zero():
+        facts = {"world": world, "syncs": counter.passes, "backward": counter.backward}
+        (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def run_fsdp2(folder: Path, options: dict) -> None:
+    """The engine on a model sharded by fully_shard; Accelerate itself does not shard on a CPU."""
+    from torch.distributed.fsdp import fully_shard
+
+    from gisp_hf.architectures import discover
+    from gisp_hf.checkpoint import save_level
+    from gisp_hf.distributed import check_agreement, model_fingerprint
+    from gisp_hf.engine import Engine
+    from gisp_hf.fingerprint import fingerprint
+    from gisp_hf.trajectory import Base, Trajectory
+    from tests.tiny import tiny_blocks, tiny_tokenizer
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    family = options["family"]
+    model = tiny_model(family)
+    whole_fingerprint = fingerprint(model.named_parameters())
+    layout = discover(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert model_fingerprint(model.named_parameters()) == whole_fingerprint
+    config = tiny_config(sparsity_levels=(0.2, 0.4))
+    engine = Engine(model, layout, config, shrink=False)
+    scored = set(engine.scored_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in scored)
+
+    collectives: list[int] = []
+    reduce = dist.all_reduce
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)]).chunk(world)[rank]
+    base = Base("tiny", None, whole_fingerprint)
+    for target in (0.1, 0.2, 0.3, 0.4):
+        model(input_ids=ids, labels=ids).loss.backward()
+        dist.all_reduce = lambda tensor, *a, **k: (collectives.append(tensor.numel()), reduce(tensor, *a, **k))[1]
+        engine.accumulate()
+        dist.all_reduce = reduce
+        engine.advance(target)
+        check_agreement(engine.ranks, step=1, device=torch.device("cpu"))
+        if target in config.sparsity_levels:
+            trajectory = Trajectory(layout, tuple(r.clone() for r in engine.ranks), config, base)
+            save_level(
+                model,
+                folder / f"sparsity-{target:.2f}",
+                trajectory=trajectory,
+                sliced=False,
+                tokenizer=tiny_tokenizer(),
+                main_process=rank == 0,
+                max_shard_size=20_000,
+            )
+    if rank == 0:
+        trajectory.save(folder)
+        (folder / "facts.json").write_text(json.dumps({"collectives": collectives, "world": world}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
+    {"ddp": run_ddp, "fsdp2": run_fsdp2}[sys.argv[1]](Path(sys.argv[2]), settings)

@@ -1,0 +1,226 @@
+"""Accuracy: against log-likelihoods taken token by token, and against answers whose count is known."""
+
+import math
+from pathlib import Path
+
+import evaluate
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from gisp_hf.accuracy import (
+    CHOICE_ACCURACY,
+    FINAL_NUMBER,
+    continuation_log_likelihoods,
+    exact_match,
+    generate_answers,
+    multiple_choice_accuracy,
+)
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PAIRS = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12 w13"), ("w20 w21 w22 w23 w24", " w30 w31"), ("w5", " w5 w5 w5")]
+QUESTION = {"prompt": "w5 w6", "choices": [" w7", " w8 w9"], "label": 0}
+
+
+def by_hand(model, prompt: list[int], answer: list[int]) -> float:
+    """log p(answer | prompt), one unpadded forward pass for every token."""
+    total = 0.0
+    for i, token in enumerate(answer):
+        logits = model(torch.tensor([prompt + answer[:i]])).logits[0, -1].double()
+        total += float(torch.log_softmax(logits, -1)[token])
+    return total
+
+
+def ids(text: str) -> list[int]:
+    return [int(word[1:]) for word in text.split()]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_log_likelihood_is_the_sum_over_the_continuation(family: str) -> None:
+    model = tiny_model(family)
+    scores = continuation_log_likelihoods(model, tiny_tokenizer(), PAIRS, batch_size=4)
+    with torch.no_grad():
+        wanted = [by_hand(model, ids(prompt), ids(text)) for prompt, text in PAIRS]
+    torch.testing.assert_close(scores, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_log_likelihood_does_not_depend_on_batch_order_or_padding() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    alone = continuation_log_likelihoods(model, tokenizer, PAIRS, batch_size=1)
+    together = continuation_log_likelihoods(model, tokenizer, PAIRS, batch_size=4)
+    turned = continuation_log_likelihoods(model, tokenizer, PAIRS[::-1], batch_size=3).flip(0)
+    tokenizer.pad_token = "<eos>"
+    other_padding = continuation_log_likelihoods(model, tokenizer, PAIRS, batch_size=4)
+    for scores in (together, turned, other_padding):
+        torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_long_prompts_lose_their_left_end() -> None:
+    model = tiny_model(max_position_embeddings=8)
+    words = " ".join(f"w{i}" for i in range(10, 30))
+    (score,) = continuation_log_likelihoods(model, tiny_tokenizer(), [(words, " w40 w41")])
+    with torch.no_grad():
+        # 9 tokens in all, of which the model reads 8: the last one is only predicted
+        logits = model(torch.tensor([[*range(23, 30), 40]])).logits[0].double().log_softmax(-1)
+    assert float(score) == pytest.approx(float(logits[-2, 40] + logits[-1, 41]), abs=1e-5)
+
+
+def test_white_space_at_the_end_of_the_prompt_belongs_to_the_continuation() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    one, other = continuation_log_likelihoods(model, tokenizer, [("w5 w6 ", "w7"), ("w5 w6", " w7")])
+    assert float(one) == float(other)
+
+
+def test_accuracy_counts_raw_and_normalized_by_characters() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    choices = [" w7", " w8 w9 w10", " w11 w12"]
+    with torch.no_grad():
+        scores = [by_hand(model, [5, 6], ids(choice)) for choice in choices]
+    raw = max(range(3), key=lambda i: scores[i])
+    normalized = max(range(3), key=lambda i: scores[i] / len(choices[i].strip()))
+    assert raw != normalized  # else the two counts could be swapped unseen
+    questions = [{"prompt": "w5 w6", "choices": choices, "label": label} for label in (raw, normalized, normalized)]
+    results = multiple_choice_accuracy(model, tokenizer, questions)
+    assert results["accuracy"] == pytest.approx(1 / 3)
+    assert results["accuracy_normalized"] == pytest.approx(2 / 3)
+    # a mean of three values 1, 0, 0: sqrt(((2/3)**2 + 2 * (1/3)**2) / 2 / 3)
+    assert results["accuracy_stderr"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("label, accuracy", [(0, 1.0), (1, 0.0)])
+def test_the_first_of_equal_choices_is_taken(label: int, accuracy: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely as any other
+    question = {"prompt": "w5", "choices": [" w7", " w8"], "label": label}
+    results = multiple_choice_accuracy(model, tiny_tokenizer(), [question])
+    assert results["accuracy"] == results["accuracy_normalized"] == accuracy
+    assert results["accuracy_stderr"] is None
+
+
+def test_modes_are_left_as_they_were() -> None:
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    multiple_choice_accuracy(model, tiny_tokenizer(), [QUESTION])
+    assert model.training and not model.model.layers[0].training
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": 2}, "question 1: label 2 is outside its 2 choices"),
+        ({"label": -1}, "question 1: label -1 is outside"),
+        ({"label": "0"}, "question 1: label '0' is outside"),
+        ({"label": True}, "question 1: label True is outside"),
+        ({"choices": [" w7", " "]}, "question 1 has the empty choice ' '"),
+        ({"choices": [" w7"]}, "a right and at least one wrong one"),
+        ({"choices": " w7"}, "a right and at least one wrong one"),
+        ({"prompt": " "}, "question 1 has the empty prompt ' '"),
+    ],
+)
+def test_bad_questions_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        multiple_choice_accuracy(tiny_model(), tiny_tokenizer(), [QUESTION, {**QUESTION, **change}])
+
+
+def test_other_bad_input_is_refused() -> None:
+    model, tokenizer = tiny_model(max_position_embeddings=4), tiny_tokenizer()
+    with pytest.raises(ValueError, match="questions is empty"):
+        multiple_choice_accuracy(model, tokenizer, [])
+    with pytest.raises(ValueError, match=r"question 0 lacks \['label'\]"):
+        multiple_choice_accuracy(model, tokenizer, [{"prompt": "w5", "choices": [" w7", " w8"]}])
+    with pytest.raises(ValueError, match="continuation of 5 tokens does not fit into the model's context of 4"):
+        continuation_log_likelihoods(model, tokenizer, [("w5", " w6 w7 w8 w9 w10")])
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        multiple_choice_accuracy(model, tokenizer, [QUESTION], batch_size=0)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="question 0: log-likelihoods .* hold nan"):
+        multiple_choice_accuracy(model, tokenizer, [QUESTION])
+
+
+def test_generated_answers_do_not_depend_on_the_batch() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = ["w5 w6 w7 w8", "w9", "w10 w11"]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
+    assert together == [
+        answer for prompt in prompts for answer in generate_answers(model, tokenizer, [prompt], max_new_tokens=6)
+    ]
+    with torch.no_grad():
+        row = ids(prompts[1])
+        for _ in range(6):
+            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+    assert together[1].split() == tokenizer.convert_ids_to_tokens([i for i in row[1:] if i > 2])
+
+
+def test_answers_end_at_the_stop_string_and_ignore_sampling_settings() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    (whole,) = generate_answers(model, tokenizer, ["w5 w6"], max_new_tokens=6)
+    stop = whole.split()[2]
+    model.generation_config = GenerationConfig(do_sample=True, temperature=5.0)
+    (cut,) = generate_answers(model, tokenizer, ["w5 w6"], max_new_tokens=6, stop=stop)
+    assert cut == whole.split(stop)[0] and cut != whole
+
+
+def test_exact_match_counts_the_generated_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {"a": " 3 + 4 = 7\n#### 7", "b": " so it is $1,200.", "c": " #### 5 or 6", "d": " no idea"}
+    monkeypatch.setattr(
+        "gisp_hf.accuracy.generate_answers", lambda model, tokenizer, prompts, **_: [answers[p] for p in prompts]
+    )
+    wanted = {"a": "3 and 4 make 7\n#### 7", "b": "1200", "c": "x\n#### 6", "d": "#### 1"}
+    records = [{"prompt": key, "completion": wanted[key]} for key in answers]
+    results = exact_match(tiny_model(), tiny_tokenizer(), records)
+    assert results["exact_match_strict"] == 0.25  # a; c marks the wrong number first
+    assert results["exact_match_flexible"] == 0.75  # a, b, c
+
+
+def test_exact_match_refuses_bad_input() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    record = {"prompt": "w5", "completion": "#### 4"}
+    with pytest.raises(ValueError, match="records is empty"):
+        exact_match(model, tokenizer, [])
+    with pytest.raises(ValueError, match="record 1 has no completion"):
+        exact_match(model, tokenizer, [record, {"prompt": "w5", "completion": ""}])
+    with pytest.raises(ValueError, match="reference 0 ends in 'four', not in a number"):
+        exact_match(model, tokenizer, [{"prompt": "w5", "completion": "four"}], max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
+        exact_match(model, tokenizer, [record], max_new_tokens=0)
+    with pytest.raises(ValueError, match="leaves no room for a prompt in the model's context of 64"):
+        exact_match(model, tokenizer, [record], max_new_tokens=64)
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="no pad token"):
+        exact_match(model, tokenizer, [record], max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "text, strict, flexible",
+    [
+        ("#### 72", True, True),
+        ("#### 72.\nQuestion", True, True),
+        ("#### -72", False, False),
+        ("the answer is 72", False, True),
+        ("#### $72", False, True),  # as lm-eval: the mark must be followed by the number
+        ("72 apples, or 73", False, False),
+        ("", False, False),
+    ],
+)
+def test_final_number_follows_the_rules_of_lm_eval(text: str, strict: bool, flexible: bool) -> None:
+    results = evaluate.load(FINAL_NUMBER).compute(predictions=[text], references=["70 + 2\n#### 72"])
+    assert (results["exact_match_strict"], results["exact_match_flexible"]) == (strict, flexible)
+
+
+def test_the_metric_modules_show_what_they_compute() -> None:
+    """The examples in their descriptions, word for word."""
+    for path in (CHOICE_ACCURACY, FINAL_NUMBER):
+        metric = evaluate.load(path)
+        assert (Path(path) / f"{metric.name}.py").is_file()
+        lines = metric.inputs_description.split(">>> ")[2].splitlines()
+        assert eval(lines[0], {"metric": metric}) == eval(lines[1])  # our own text
+
+
+def test_choice_accuracy_refuses_what_does_not_belong_together() -> None:
+    metric = evaluate.load(CHOICE_ACCURACY)
+    with pytest.raises(ValueError, match="label 2 is outside its 2 choices"):
+        metric.compute(predictions=[[-1.0, -2.0]], references=[2], lengths=[[3, 3]])
+    with pytest.raises(ValueError, match="one positive number for each choice"):
+        metric.compute(predictions=[[-1.0, -2.0]], references=[1], lengths=[[3, 0]])

@@ -1,0 +1,283 @@
+"""The command does what the functions do, explains itself, and answers a mistake with one line."""
+
+import argparse
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard, constants
+from transformers import AutoModelForCausalLM
+
+from gisp_hf import Trajectory, cli
+from gisp_hf.cards import level_card, main_card
+from gisp_hf.cli import main
+from gisp_hf.hub import LevelInfo, read_levels
+from gisp_hf.materialize import load_level, materialize
+from gisp_hf.trajectory import Base
+from tests.hub_server import HubServer
+from tests.test_materialize import random_trajectory, save_base, upload
+from tests.tiny import tiny_model
+
+COMMANDS = ("levels", "materialize", "push", "card")
+# The client's own, in the upload of every LFS file.
+upload_warning = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run with the levels 0.2 and 0.5; the base model is in ``base`` beside it."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model()
+    random_trajectory(model, save_base(model, folder / "base")).save(folder / "run")
+    for level in (0.2, 0.5):
+        materialize(folder / "run", folder / "run" / f"sparsity-{level:.2f}", sparsity=level)
+    return folder / "run"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub that is the default one of this process, with a login."""
+    with HubServer({"hf_owner": "me"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", "hf_owner")
+        yield server
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of an answer to a mistake."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("gisp-hf: error: ")]
+    assert out == "" and len(lines) == 1 and err.rstrip("\n").endswith(lines[0]) and "Traceback" not in err
+    return lines[0].removeprefix("gisp-hf: error: ")
+
+
+def cells(table: str) -> list[list[str]]:
+    """The lines of a table, without that of the rules."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- what it explains ------------------------------------------------------------------------------------------------
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0 and tuple(subparsers()) == COMMANDS
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert re.fullmatch(r"gisp-hf \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_explains_every_option(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for action in subparsers()[name]._actions:
+        assert action.help and " ".join(str(action.help).split()) in text
+        if action.option_strings and action.dest != "help":
+            assert action.help.rstrip(")").rpartition("(")[2].startswith(("required", "default: "))
+    example = text.partition("example: ")[2]
+    assert example.startswith(f"gisp-hf {name} ")
+    options = cli._parser().parse_args(shlex.split(example)[1:])  # what stands there can be typed
+    assert options.run is {**vars(cli)}[f"_{name}"]
+
+
+# ---- what it does ----------------------------------------------------------------------------------------------------
+
+
+def test_levels_of_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["levels", str(run)]) == 0
+    head, *lines = cells(capsys.readouterr().out)
+    assert head == ["level", "sparsity", "parameters", "in decoder layers"]
+    for level, line in zip((0.2, 0.5), lines, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(run / f"sparsity-{level:.2f}")
+        decoder = sum(parameter.numel() for parameter in model.model.layers.parameters())
+        assert line == [f"sparsity-{level:.2f}", str(level), f"{model.num_parameters():,}", f"{decoder:,}"]
+
+
+def test_levels_show_metrics_where_there_are_any(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels = [
+        LevelInfo("sparsity-0.20", 0.2, 5, 4, commit="a" * 40, metrics={"name": 12.345, "commit": 1.0}),
+        LevelInfo("sparsity-0.375", 0.375, 3, 2, commit="b" * 40),
+    ]
+    monkeypatch.setattr(cli, "read_levels", lambda source, *, revision: levels)
+    assert main(["levels", "me/x", "--revision", "v1"]) == 0
+    head, first, second = cells(capsys.readouterr().out)
+    assert head == ["level", "sparsity", "parameters", "in decoder layers", "name", "commit", "commit"]
+    assert first == ["sparsity-0.20", "0.2", "5", "4", "12.35", "1.00", "a" * 40]
+    assert second == ["sparsity-0.375", "0.375", "3", "2", "-", "-", "b" * 40]
+
+
+def test_materialize_writes_what_load_level_loads(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "cut"
+    options = ["--channel-multiple", "8", "--dtype", "bfloat16", "--base-model", str(run.parent / "base")]
+    assert main(["materialize", str(run), "--sparsity", "0.37", "--output", str(output), *options]) == 0
+    expected = load_level(run, sparsity=0.37, channel_multiple=8, dtype=torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(output)
+    assert found.dtype == torch.bfloat16 and same_weights(found, expected)
+    left = sum(parameter.numel() for parameter in found.model.layers.parameters())
+    removed = 1 - left / Trajectory.load(run).layout.total
+    assert capsys.readouterr().out == f"{output}: {removed:.2%} of the decoder layers' parameters removed\n"
+
+
+def test_card_prints_the_cards(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trajectory, levels = Trajectory.load(run), read_levels(run)
+    version = AutoModelForCausalLM.from_pretrained(run / "sparsity-0.20").config.transformers_version
+    known = {"license": "mit", "versions": {"transformers": version}}
+    assert main(["card", str(run), "--license", "mit"]) == 0
+    assert capsys.readouterr().out == main_card(trajectory, levels, repo_id="user/run", **known)
+    assert main(["card", str(run), "--level", "0.50", "--repo", "me/x", "--license", "mit"]) == 0
+    assert capsys.readouterr().out == level_card(trajectory, levels[1], repo_id="me/x", **known)
+    # of a run that was cut off there are levels, and no trajectory beside them
+    (tmp_path / "cut-off").mkdir()
+    (tmp_path / "cut-off" / "sparsity-0.50").symlink_to(run / "sparsity-0.50")
+    assert main(["card", str(tmp_path / "cut-off"), "--level", "0.5", "--repo", "me/x", "--license", "mit"]) == 0
+    assert capsys.readouterr().out == level_card(trajectory, levels[1], repo_id="me/x", **known)
+
+
+@upload_warning
+def test_push_then_use_what_was_pushed(
+    run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    card = "---\nlicense: llama3.1\n---\n# Base\n"
+    base, mine = shutil.copytree(run.parent / "base", tmp_path / "base"), shutil.copytree(run, tmp_path / "run")
+    (base / "README.md").write_text(card)
+    commit = upload(hub, base, "me/cli-base")
+    for folder in (mine, mine / "sparsity-0.20", mine / "sparsity-0.50"):
+        trajectory = Trajectory.load(folder)
+        replace(trajectory, base=Base("me/cli-base", commit, trajectory.base.fingerprint)).save(folder)
+
+    assert main(["push", str(mine), "--repo", "me/cli-levels", "--private", "--tag", "v1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"{hub.url}/me/cli-levels: sparsity-0.20, sparsity-0.50, main (3 of 3 branches changed)",
+        "tags: v1-sparsity-0.20, v1-sparsity-0.50, v1",
+    ]
+    assert hub.repos["me/cli-levels"].private
+    api = HfApi(endpoint=hub.url, token="hf_owner")
+    for branch in ("main", "sparsity-0.20", "sparsity-0.50"):
+        readme = Path(api.hf_hub_download("me/cli-levels", "README.md", revision=branch))
+        found = ModelCard.load(readme).data
+        assert (found.license, found.base_model) == ("llama3.1", "me/cli-base")
+        assert "hf_owner" not in readme.read_text() and str(tmp_path) not in readme.read_text()
+        assert f"`{commit}`" in readme.read_text()
+    readme = Path(api.hf_hub_download("me/cli-levels", "README.md"))
+    commits = {level.name: str(level.commit) for level in read_levels("me/cli-levels")}
+    for name, oid in commits.items():
+        assert hub.head("me/cli-levels", name) == oid
+        assert re.search(rf"\| `{name}` .*\| `{oid[:8]}` \|", readme.read_text())
+
+    assert main(["push", str(mine), "--repo", "me/cli-levels"]) == 0
+    assert "(nothing had changed)" in capsys.readouterr().out
+    assert main(["levels", "me/cli-levels"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{oid} |" in out for oid in commits.values()) and len(out.splitlines()) == 4
+    output = tmp_path / "cut"
+    assert main(["materialize", "me/cli-levels", "--sparsity", "0.3", "--output", str(output), "--revision", "v1"]) == 0
+    assert same_weights(AutoModelForCausalLM.from_pretrained(output), load_level(run, sparsity=0.3))
+
+
+@upload_warning
+def test_push_of_a_run_whose_base_has_no_card(run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(run), "--repo", "me/cli-local"]) == 0
+    assert "was not found: the cards name none; --license gives one" in capsys.readouterr().err
+    readme = HfApi(endpoint=hub.url, token="hf_owner").hf_hub_download("me/cli-local", "README.md")
+    assert "license" not in ModelCard.load(readme).data.to_dict()
+    assert main(["push", str(run), "--repo", "me/cli-local", "--license", "mit"]) == 0
+    out, err = capsys.readouterr()
+    assert "--license gives one" not in err and "3 of 3 branches changed" in out
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fails(capsys).startswith("the following arguments are required: COMMAND (`gisp-hf --help` explains)")
+    assert "invalid choice: 'prune'" in fails(capsys, "prune")
+    assert fails(capsys, "levels").endswith("REPO_OR_FOLDER (`gisp-hf levels --help` explains)")
+    assert "required: --sparsity, --output" in fails(capsys, "materialize", "x")
+    assert "--sparsity: invalid float value: '37%'" in fails(capsys, "materialize", "x", "--sparsity", "37%")
+    assert "--dtype: invalid choice: 'int8'" in fails(capsys, "materialize", "x", "--dtype", "int8")
+    assert "required: --repo" in fails(capsys, "push", "x")
+    assert "unrecognized arguments: --fast" in fails(capsys, "levels", "x", "--fast")
+
+
+def test_mistakes_of_the_user(
+    run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for command in ("levels", "card"):
+        assert "holds no level" in fails(capsys, command, empty)
+    assert "holds no level" in fails(capsys, "push", empty, "--repo", "me/x")
+    assert "neither a folder here nor a repository" in fails(capsys, "levels", "me/nothing")
+    assert "neither a folder here nor a repository" in fails(capsys, "levels", tmp_path / "nothing")
+    assert "holds no level 0.3; it has 0.2, 0.5" in fails(capsys, "card", run, "--level", "0.3")
+    assert "'Apache 2' is no identifier" in fails(capsys, "card", run, "--license", "Apache 2")
+    assert "'nobody' is no id on the Hub" in fails(capsys, "card", run, "--repo", "nobody")
+
+    def cut(*options: object) -> str:
+        return fails(capsys, "materialize", run, "--output", tmp_path / "cut", *options)
+
+    assert "sparsity must lie in (0, 1), got 37; 20 % is written 0.2" in cut("--sparsity", "37")
+    assert "lies beyond this trajectory" in cut("--sparsity", "0.99")
+    assert "base model was not found" in cut("--sparsity", "0.3", "--base-model", "me/nothing")
+    assert "Give the unpruned model" in cut("--sparsity", "0.3", "--base-model", run / "sparsity-0.20")
+    assert "must be at least 1, got 0" in cut("--sparsity", "0.3", "--channel-multiple", "0")
+    assert "exists already" in fails(capsys, "materialize", run, "--output", empty, "--sparsity", "0.3")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+    assert "'a/b/c' is no id on the Hub" in fails(capsys, "push", run, "--repo", "a/b/c", "--license", "mit")
+    hub.fail("POST", "/api/repos/create", status=403)
+    assert "403" in fails(capsys, "push", run, "--repo", "you/x", "--license", "mit")
+    monkeypatch.delenv("HF_TOKEN")
+    assert "there is no token" in fails(capsys, "push", run, "--repo", "me/x", "--license", "mit")
+
+
+def test_what_is_unexpected_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "read_levels", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["levels", str(run)])
+
+
+@pytest.mark.filterwarnings("ignore:'gisp_hf.cli' found in sys.modules:RuntimeWarning")
+def test_the_module_can_be_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["cli.py", "levels", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("gisp_hf.cli", run_name="__main__")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"gisp-hf: error: {tmp_path} holds no level")

@@ -1,0 +1,123 @@
+"""Two processes equal one: real launches over gloo on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import gisp_hf  # noqa: F401
+from gisp_hf import GISPPruner, Trajectory
+from gisp_hf.architectures import discover
+from gisp_hf.distributed import check_agreement
+from gisp_hf.engine import Engine
+from tests.runs import LEVELS, prune, tiny_config
+from tests.tiny import tiny_blocks, tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(mode: str, folder: Path, *, processes: int, timeout: int = 240, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["--module", "tests.distributed_run", mode, str(folder), json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> tuple[Trajectory, Path]:
+    folder = tmp_path_factory.mktemp("single")
+    pruner = prune(tiny_model(), folder, pruner=GISPPruner(tiny_config(), folder / "levels", shrink=False))
+    return pruner.trajectory, folder / "levels"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ddp_removes_what_one_process_removes(processes, tmp_path, single) -> None:
+    expected, levels = single
+    result = launch("ddp", tmp_path, processes=processes)
+    assert result.returncode == 0, result.stderr
+    found = Trajectory.load(tmp_path / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(found.ranks, expected.ranks))
+    assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-5)
+    for level in LEVELS:
+        name = f"sparsity-{level:.2f}/model.safetensors"
+        assert (tmp_path / "levels" / name).read_bytes() == (levels / name).read_bytes()
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    # 5 pruning steps of 2 batches: gradients travel once a step, not once a batch
+    assert facts == {"world": processes, "syncs": 5, "backward": 10}
+    assert result.stdout.count("GISP step") + result.stderr.count("GISP step") == 5  # one process reports
+
+
+def test_a_rank_that_differs_stops_all_with_the_step(tmp_path) -> None:
+    result = launch("ddp", tmp_path, processes=2, disturb={"kind": "differ", "rank": 1, "step": 3})
+    assert result.returncode != 0
+    assert result.stderr.count("DivergenceError: step 3: the processes chose different structures") == 2
+    assert (tmp_path / "levels" / "sparsity-0.20").is_dir()  # what was saved before stays
+
+
+def test_a_rank_that_dies_brings_the_others_down(tmp_path) -> None:
+    result = launch("ddp", tmp_path, processes=2, timeout=120, disturb={"kind": "die", "rank": 1, "step": 2})
+    assert result.returncode != 0
+    assert "Signal 9 (SIGKILL)" in result.stderr
+
+
+def test_resume_under_ddp_and_under_another_number_of_processes(tmp_path, single) -> None:
+    expected, _ = single
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    result = launch("ddp", tmp_path, processes=2, disturb={"kind": "die", "rank": 0, "step": 4}, **saving)
+    assert result.returncode != 0
+    for processes in (2, 1):  # as many processes, then one: every step sees 16 examples in either case
+        copy = tmp_path / f"resumed-{processes}"
+        copy.mkdir()
+        subprocess.run(["cp", "-r", str(tmp_path / "levels"), str(tmp_path / "trainer"), str(copy)], check=True)
+        result = launch(
+            "ddp", copy, processes=processes, resume_from_checkpoint=str(copy / "trainer" / "checkpoint-3"), **saving
+        )
+        assert result.returncode == 0, result.stderr
+        found = Trajectory.load(copy / "levels")
+        assert all(torch.equal(a, b) for a, b in zip(found.ranks, expected.ranks)), processes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_fsdp2_shards_give_the_order_of_one_process(family, tmp_path) -> None:
+    model = tiny_model(family)
+    engine = Engine(model, discover(model), tiny_config(sparsity_levels=(0.2, 0.4)), shrink=False)
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
+    for target in (0.1, 0.2, 0.3, 0.4):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        engine.accumulate()
+        engine.advance(target)
+    result = launch("fsdp2", tmp_path, processes=2, family=family)
+    assert result.returncode == 0, result.stderr
+    found = Trajectory.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found.ranks, engine.ranks))
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert len(facts["collectives"]) == 4  # one all-reduce a step, of scores: no parameter is gathered for scoring
+    structures = sum(b.size for b, minimum in zip(engine.layout.blocks, engine.minimum) if b.size > minimum)
+    assert facts["collectives"][0] == structures + len(engine.scored_parameters())
+    level = tmp_path / "sparsity-0.40"
+    assert len(list(level.glob("model-*.safetensors"))) > 1  # streamed, file by file
+    loaded = AutoModelForCausalLM.from_pretrained(level)
+    applied = found.apply(tiny_model(family), sparsity=0.4)
+    for (name, a), b in zip(applied.named_parameters(), loaded.parameters()):
+        assert torch.equal(a, b), name
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_has_nobody_to_disagree_with() -> None:
+    check_agreement([torch.zeros(3, dtype=torch.int32)], step=1, device=torch.device("cpu"))
+
+
+def test_layer_groups_are_refused_under_ddp(tmp_path, monkeypatch) -> None:
+    from transformers import TrainingArguments
+    from transformers.training_args import ParallelMode
+
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    pruner = GISPPruner(tiny_config(), tmp_path, layer_groups=2)
+    with pytest.raises(ValueError, match="layer_groups=2 changes which parameters have a gradient, which DDP cannot"):
+        pruner._prepare(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), tiny_model())
