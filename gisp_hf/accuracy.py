@@ -13,7 +13,7 @@ import evaluate
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from gisp_hf.evaluation import _evaluating
 
@@ -149,6 +149,20 @@ def _encode_pair(
     return (ids if context is None else ids[-(context + 1) :]), count  # the last token is never read, only predicted
 
 
+class _Writes(StoppingCriteria):
+    """Ends the rows whose text from position ``start`` on holds ``stop``.
+
+    Not ``stop_strings`` of `generate`, which takes vocabularies apart and fails on those of whole words.
+    """
+
+    def __init__(self, stop: str, tokenizer: PreTrainedTokenizerBase, *, start: int):
+        self.stop, self.tokenizer, self.start = stop, tokenizer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([self.stop in text for text in texts], device=input_ids.device)
+
+
 def _context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -233,7 +247,6 @@ def generate_answers(
         do_sample=False,
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        stop_strings=stop,
     )
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
@@ -244,11 +257,11 @@ def generate_answers(
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             if room is not None:
                 ids, mask = ids[:, -room:], mask[:, -room:]
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]  # nn.Module.__getattr__ hides the method
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=config,
-                tokenizer=tokenizer,
+                stopping_criteria=[_Writes(stop, tokenizer, start=ids.shape[1])] if stop else [],
             )
             texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
             for i, text in zip(rows, texts):

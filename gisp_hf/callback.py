@@ -16,10 +16,11 @@ from transformers.training_args import ParallelMode
 
 from gisp_hf.architectures import discover
 from gisp_hf.checkpoint import check_output_folder, save_level
+from gisp_hf.chunked import ChunkedLoss
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
 from gisp_hf.engine import Engine, NonFiniteGradientError
-from gisp_hf.hub import PushError, PushReport
+from gisp_hf.hub import PushError, PushReport, write_metrics
 from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
 from gisp_hf.publish import Publisher
 from gisp_hf.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
@@ -50,6 +51,8 @@ class GISPPruner(TrainerCallback):
             parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
         layer_groups: bounds the memory of gradients by scoring the layers in this many groups, one pass over the data
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
+        chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of the logits of
+            a whole batch; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
         evaluate: called with the model at each level (in eval mode, without gradients); the numbers it returns reach
             the log and ``level_metrics``. With several processes it is called on all of them.
         hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
@@ -82,6 +85,7 @@ class GISPPruner(TrainerCallback):
         *,
         shrink: bool | None = None,
         layer_groups: int = 1,
+        chunk_tokens: int | None = None,
         evaluate: Evaluate | None = None,
         hub_model_id: str | None = None,
         hub_private: bool | None = None,
@@ -94,6 +98,7 @@ class GISPPruner(TrainerCallback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.shrink = shrink
         self.layer_groups = layer_groups
+        self.chunk_tokens = chunk_tokens
         self.evaluate = evaluate
         self.hub_model_id = hub_model_id
         self.hub_private = hub_private
@@ -111,6 +116,7 @@ class GISPPruner(TrainerCallback):
         self._losses: list[float] = []  # of the passes since the last pruning step
         self._resumed = False
         self._publisher: Publisher | None = None
+        self._chunked: ChunkedLoss | None = None
 
     @property
     def trajectory(self) -> Trajectory:
@@ -176,6 +182,8 @@ class GISPPruner(TrainerCallback):
             self._mode.leave(model)
             raise
         self._mode.switch_off_dropout(model)
+        if self.chunk_tokens is not None:
+            self._chunked = ChunkedLoss(model, self.chunk_tokens)
         if not _is_distributed(args) and args.gradient_accumulation_steps == 1:
             self.engine.score_early()
 
@@ -199,6 +207,8 @@ class GISPPruner(TrainerCallback):
         if step > self.config.num_steps:
             return
         try:
+            if self._chunked is not None:
+                self._chunked.check_used()
             self.engine.accumulate(group)
         except (NonFiniteGradientError, ValueError) as error:
             self._leave(model)
@@ -401,17 +411,25 @@ class GISPPruner(TrainerCallback):
             return
         training = model.training
         model.eval()
+        if self._chunked is not None:
+            self._chunked.detach()
         with torch.no_grad():
             self.level_metrics[level] = dict(self.evaluate(model))
+        if self._chunked is not None:
+            self._chunked = ChunkedLoss(model, self._chunked.size)
         model.train(training)
         state.log_history.append({"level": level, **self.level_metrics[level], "step": state.global_step + 1})
         if state.is_world_process_zero:
+            write_metrics(self._level_folder(level), self.level_metrics[level])
             numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.level_metrics[level].items())
             tqdm.write(f"{level_name(level)}: {numbers}")
 
     def _leave(self, model: PreTrainedModel) -> None:
         assert self._mode is not None
         self._mode.leave(model)
+        if self._chunked is not None:
+            self._chunked.detach()
+            self._chunked = None
 
 
 def _move_before_trackers(callback: GISPPruner) -> None:

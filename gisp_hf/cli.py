@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,8 @@ from gisp_hf.trajectory import Trajectory
 from gisp_hf.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAIN = "main"
+CARD_FILE = "README.md"
 LOGIN = "Private and gated repositories, and pushing, need a login: `hf auth login`, or the variable HF_TOKEN."
 
 
@@ -80,21 +82,7 @@ def _materialize(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
-    levels = {level.name: level for level in read_levels(folder)}
-    trajectory = _trajectory(folder, list(levels.values()))
-    if options.license is None:
-        _fetch_base_card(trajectory)
-    cards: dict[str, Any] = {
-        "repo_id": options.repo,
-        "license": options.license,
-        "versions": _versions(folder / next(iter(levels))),
-    }
-
-    def card(branch: str, pushed: Sequence[LevelInfo]) -> str:
-        if branch in levels:
-            return level_card(trajectory, levels[branch], **cards)
-        return main_card(trajectory, pushed, **cards)
-
+    card = _writer(folder, read_levels(folder), repo_id=options.repo, license=options.license, fetch=True)
     report = push_levels(folder, options.repo, private=options.private or None, tag=options.tag, card=card)
     done = f"{len(report.sent)} of {len(report.commits)} branches changed" if report.sent else "nothing had changed"
     print(f"{report.url}: {', '.join(report.commits)} ({done})")
@@ -105,20 +93,37 @@ def _push(options: argparse.Namespace) -> None:
 def _card(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
     levels = read_levels(folder)
-    trajectory = _trajectory(folder, levels)
-    cards: dict[str, Any] = {
-        "repo_id": options.repo or f"user/{folder.resolve().name}",
-        "license": options.license,
-        "versions": _versions(folder / levels[0].name),
-    }
-    if options.level is None:
-        print(main_card(trajectory, levels, **cards), end="")
-        return
-    chosen = [level for level in levels if level.name == level_name(options.level)]
-    if not chosen:
+    branch = MAIN if options.level is None else level_name(options.level)
+    if branch not in {MAIN, *(level.name for level in levels)}:
         names = ", ".join(f"{level.sparsity:g}" for level in levels)
         raise ValueError(f"{folder} holds no level {options.level:g}; it has {names}")
-    print(level_card(trajectory, chosen[0], **cards), end="")
+    repo_id = options.repo or f"user/{folder.resolve().name}"
+    print(_writer(folder, levels, repo_id=repo_id, license=options.license, fetch=False)(branch, levels), end="")
+
+
+def _writer(
+    folder: Path, levels: Sequence[LevelInfo], *, repo_id: str, license: str | None, fetch: bool
+) -> Callable[[str, Sequence[LevelInfo]], str]:
+    """What gives each branch its card: the one that lies in its folder, unless a license is asked for, or a new one.
+
+    Args:
+        fetch: whether the license of the base model may be looked for on the Hub.
+    """
+    trajectory = _trajectory(folder, levels)
+    cards = {MAIN: folder / CARD_FILE, **{level.name: folder / level.name / CARD_FILE for level in levels}}
+    kept = {branch for branch, path in cards.items() if license is None and path.is_file()}
+    if fetch and license is None and len(kept) < len(cards):
+        _fetch_base_card(trajectory)
+    known: dict[str, Any] = {"repo_id": repo_id, "license": license, "versions": _versions(folder / levels[0].name)}
+
+    def card(branch: str, pushed: Sequence[LevelInfo]) -> str:
+        if branch in kept:
+            return cards[branch].read_text(encoding="utf-8")
+        if branch == MAIN:
+            return main_card(trajectory, pushed, **known)
+        return level_card(trajectory, next(level for level in levels if level.name == branch), **known)
+
+    return card
 
 
 def _trajectory(folder: Path, levels: Sequence[LevelInfo]) -> Trajectory:
@@ -170,7 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     folder_help = "the output folder of a pruning run: sparsity-* folders and the trajectory"
     license_help = (
         "license of the pruned model, as the Hub writes it: apache-2.0, mit, llama3.1 ... (default: that of the base "
-        "model, if its card is {where}; else the cards name none)"
+        "model, if its card is {where}; else the cards name none). A README.md in the folder of the run or of a level "
+        "is the card of main or of that level, unless this option is given"
     )
 
     levels = _command(

@@ -1,8 +1,9 @@
 """Which calibration keeps a decision task: language modelling or the margin? Same model, tokens and steps for both.
 
-    python -m recipes.prune_multiple_choice                # runs/multiple_choice: results.json, results.md, accuracy.png
+    python -m recipes.prune_multiple_choice
 
 Hardware: two CPU cores and 8 GB of memory. Time: TIME there.
+Writes to runs/multiple_choice: results.json, results.md, accuracy.png and calibration.jsonl (the questions).
 
 The task: given the beginning of a Wikipedia passage, tell how it goes on from three continuations taken from other
 articles. Questions for calibration and for the test come from different articles. Both objectives read the same file of
@@ -123,11 +124,13 @@ def prune(
     margin, whose gradient is a small difference: micro-batches are added up in the parameters' own precision.
     """
     pruner = GISPPruner(config, output_dir=output_dir, calibration=calibration.provenance)
+    items = len(calibration.dataset)
+    batch_size = -(-items // batches)  # rounded up: the last micro-batch may be smaller
     arguments = TrainingArguments(
         output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
         max_steps=config.num_steps,
-        per_device_train_batch_size=-(-len(calibration.dataset) // batches),  # rounded up
-        gradient_accumulation_steps=batches,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=-(-items // batch_size),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -100,7 +100,7 @@ def test_the_help_of_a_command_explains_every_option(capsys: pytest.CaptureFixtu
     for action in subparsers()[name]._actions:
         assert action.help and " ".join(str(action.help).split()) in text
         if action.option_strings and action.dest != "help":
-            assert action.help.rstrip(")").rpartition("(")[2].startswith(("required", "default: "))
+            assert "(required)" in action.help or "(default: " in action.help
     example = text.partition("example: ")[2]
     assert example.startswith(f"gisp-hf {name} ")
     options = cli._parser().parse_args(shlex.split(example)[1:])  # what stands there can be typed
@@ -164,6 +164,20 @@ def test_card_prints_the_cards(run: Path, capsys: pytest.CaptureFixture[str], tm
     assert capsys.readouterr().out == level_card(trajectory, levels[1], repo_id="me/x", **known)
 
 
+def test_a_card_in_a_folder_is_kept(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Those that the run itself wrote have its results; others may have been edited by hand."""
+    mine = shutil.copytree(run, tmp_path / "run")
+    (mine / "sparsity-0.20" / "README.md").write_text("---\ntags: [mine]\n---\n# Mine\n")
+    assert main(["card", str(mine), "--level", "0.2"]) == 0
+    assert capsys.readouterr().out == "---\ntags: [mine]\n---\n# Mine\n"
+    for options in (["--level", "0.5"], [], ["--level", "0.2", "--license", "mit"]):
+        assert main(["card", str(mine), *options]) == 0
+        assert "library_name: transformers" in capsys.readouterr().out
+    (mine / "README.md").write_text("# The whole run\n")
+    assert main(["card", str(mine)]) == 0
+    assert capsys.readouterr().out == "# The whole run\n"
+
+
 @upload_warning
 def test_push_then_use_what_was_pushed(
     run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -207,7 +221,9 @@ def test_push_then_use_what_was_pushed(
 
 
 @upload_warning
-def test_push_of_a_run_whose_base_has_no_card(run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_of_a_run_whose_base_has_no_card(
+    run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["push", str(run), "--repo", "me/cli-local"]) == 0
     assert "was not found: the cards name none; --license gives one" in capsys.readouterr().err
     readme = HfApi(endpoint=hub.url, token="hf_owner").hf_hub_download("me/cli-local", "README.md")
@@ -215,6 +231,13 @@ def test_push_of_a_run_whose_base_has_no_card(run: Path, hub: HubServer, capsys:
     assert main(["push", str(run), "--repo", "me/cli-local", "--license", "mit"]) == 0
     out, err = capsys.readouterr()
     assert "--license gives one" not in err and "3 of 3 branches changed" in out
+    mine = shutil.copytree(run, tmp_path / "run")
+    for folder in (mine, mine / "sparsity-0.20", mine / "sparsity-0.50"):
+        (folder / "README.md").write_text(f"---\ntags: [mine]\n---\n# {folder.name}\n")
+    assert main(["push", str(mine), "--repo", "me/cli-local"]) == 0
+    assert "--license gives one" not in capsys.readouterr().err  # no card had to be written
+    for branch, heading in (("main", b"# run\n"), ("sparsity-0.20", b"# sparsity-0.20\n")):
+        assert hub.files("me/cli-local", branch)["README.md"].endswith(heading)
 
 
 # ---- what it refuses -------------------------------------------------------------------------------------------------

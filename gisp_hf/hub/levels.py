@@ -24,6 +24,8 @@ from gisp_hf.version import __version__
 LEVELS_FILE = "levels.json"
 FORMAT = 1
 
+METRICS_FILE = "metrics.json"  # in a level's folder: what was measured of it
+
 _LEVEL = re.compile(r"sparsity-(0\.\d{2,4})", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METRIC = re.compile(r"[A-Za-z0-9_][\w.@%/ -]{0,63}", re.ASCII)
@@ -131,7 +133,34 @@ def _read_folder(folder: Path) -> LevelInfo:
         sparsity=float(folder.name.removeprefix("sparsity-")),
         parameters=parameters,
         decoder_parameters=total - round(trajectory.highest_sparsity() * total),
+        metrics=_read_metrics(folder),
     )
+
+
+def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> None:
+    """Adds numbers to those that a level's folder holds; its card and ``levels.json`` show them.
+
+    Raises:
+        ValueError: if a name or a number will not do.
+    """
+    folder = Path(folder)
+    check_metrics(folder.name, metrics)
+    merged = {**_read_metrics(folder), **metrics}
+    temporary = folder / f"{METRICS_FILE}.tmp"
+    temporary.write_text(json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(folder / METRICS_FILE)
+
+
+def _read_metrics(folder: Path) -> dict[str, float]:
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        check_metrics(folder.name, metrics)
+    except (AttributeError, OverflowError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} cannot be used: {error}; remove it and measure again") from error
+    return metrics
 
 
 def _parse_levels(path: Path, label: str) -> list[LevelInfo]:

@@ -22,7 +22,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from gisp_hf.config import level_name
 from gisp_hf.hub.failures import PushError
-from gisp_hf.hub.levels import LEVELS_FILE, LevelInfo, check_metrics, levels_json, read_levels
+from gisp_hf.hub.levels import LEVELS_FILE, METRICS_FILE, LevelInfo, check_metrics, levels_json, read_levels
 from gisp_hf.hub.repository import START_BRANCH, Content, Files, Repository, is_not_attributes
 from gisp_hf.trajectory import FACTS_FILE, RANKS_FILE
 
@@ -82,7 +82,8 @@ def push_levels(
         tag: ``v1`` tags ``main`` as ``v1`` and each level as ``v1-sparsity-0.20``, after everything else.
         card: texts for ``README.md``, by branch. Where there is none, that of the level's folder (of ``folder`` for
             ``main``) is taken; if there is none either, ``main`` keeps the one it has.
-        metrics: level -> name -> number, for ``levels.json``: ``{0.2: {"perplexity": 12.3}}``.
+        metrics: level -> name -> number, for ``levels.json``, besides those in the folders:
+            ``{0.2: {"perplexity": 12.3}}``.
         progress: whether the client shows its bars.
         endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.
         wait: is given the seconds until the next try of something that failed.
@@ -172,8 +173,8 @@ class LevelUploader:
                 with _bars(self._progress):
                     _push_level(self._repository, branch, _level_files(folder))
             except (PushError, OSError, ValueError) as error:
-                self.errors[branch] = error
                 logger.warning("%s. The run goes on; the push is tried again at its end", error)
+                self.errors[branch] = error
 
 
 def _bars(progress: bool) -> AbstractContextManager[Any]:
@@ -200,7 +201,9 @@ def _make_plan(
     if tag is not None and (not _TAG.fullmatch(tag) or tag in (MAIN, START_BRANCH) or tag.startswith("sparsity-")):
         raise ValueError(f"{tag!r} cannot be a tag here; use letters, digits and ._-, such as v1.0")
     measured = {level_name(level): dict(values) for level, values in (metrics or {}).items()}
-    levels = [replace(level, metrics=measured.pop(level.name, {})) for level in read_levels(folder)]
+    levels = [
+        replace(level, metrics={**level.metrics, **measured.pop(level.name, {})}) for level in read_levels(folder)
+    ]
     names = [level.name for level in levels]
     if measured:
         raise ValueError(f"metrics has {', '.join(measured)}, but the levels of {folder} are {', '.join(names)}")
@@ -237,7 +240,11 @@ def _main_files(plan: _Plan, levels: Sequence[LevelInfo]) -> Files:
     trajectory = plan.folder if own else plan.folder / levels[-1].name
     card = plan.folder / CARD_FILE
     return {
-        **{name: content for name, content in plan.files[levels[0].name].items() if name != CARD_FILE},
+        **{
+            name: content
+            for name, content in plan.files[levels[0].name].items()
+            if name not in (CARD_FILE, METRICS_FILE)
+        },
         **{name: Content(trajectory / name) for name in (RANKS_FILE, FACTS_FILE)},
         **({CARD_FILE: Content(card)} if card.is_file() else {}),
         **_card_files(plan.card, MAIN, levels),

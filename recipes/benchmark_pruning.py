@@ -1,0 +1,236 @@
+"""What pruning costs: this package beside a plain masked implementation, in one run, on the same model, data and steps.
+
+    python -m recipes.benchmark_pruning                          # SmolLM2-135M on two CPU cores, about 15 minutes
+    python -m recipes.benchmark_pruning --shape llama-2-7b       # random weights of that shape, one GPU of 80 GB
+
+(a) "masked" is the published way of working, written out below: gradients of all parameters, zeros instead of smaller
+    matrices, so that the last step costs what the first one did.
+(b) "gisp_hf" is a Trainer with GISPPruner: no gradient where nothing is scored, each gradient scored and freed as soon
+    as it is complete, structures sliced out as it goes, and the loss taken a few tokens at a time.
+
+Each runs in a process of its own, so that peaks of memory do not mix. Memory is the peak of the process over what it
+held before the model was loaded (on a GPU: the peak that torch allocated). Prints the ratios (b) / (a).
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from gisp_hf import GISPConfig, GISPPruner, Trajectory
+from gisp_hf.architectures import discover
+from gisp_hf.report import format_table
+from gisp_hf.scoring import normalizer, score_slices
+from gisp_hf.selection import floors, parameter_budget, select
+from gisp_hf.surgery import zero_structures
+
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "vocab_size": 64,
+    },
+}
+
+
+def load(shape: str, *, blocks: int, length: int, dtype: torch.dtype) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    if shape == "smollm2":
+        from recipes.demo_data import load_smollm2, load_wikipedia, pack_blocks, split_articles
+
+        model, tokenizer = load_smollm2(dtype)
+        calibration, _ = split_articles(load_wikipedia())
+        return model, pack_blocks(calibration, tokenizer, length=length, count=blocks)
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=4096)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
+    tokens = torch.randint(config.vocab_size, (blocks, length), generator=torch.Generator().manual_seed(0))
+    return model, [{"input_ids": row, "labels": row.clone()} for row in tokens]
+
+
+def prune_masked(model: PreTrainedModel, data: list[dict[str, Any]], *, config: GISPConfig, batch_size: int) -> Any:
+    """The plain way: every gradient, dense passes, zeros. Returns (removal order, seconds per step)."""
+    layout = discover(model)
+    minimum = floors(layout, config)
+    ranks = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
+    length, seconds = 0, []
+    model.train()
+    for step in range(1, config.num_steps + 1):
+        start = time.perf_counter()
+        model.zero_grad()
+        targets = len(data) * (len(data[0]["labels"]) - 1)
+        for first in range(0, len(data), batch_size):
+            ids = torch.stack([row["input_ids"] for row in data[first : first + batch_size]]).to(model.device)
+            model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(targets)).loss.backward()
+        scores = []
+        for block, low in zip(layout.blocks, minimum):
+            total = torch.zeros(block.size, device=model.device)
+            for member in block.members:
+                weight = model.get_parameter(member.parameter)
+                assert weight.grad is not None
+                total += score_slices(weight, weight.grad, dim=member.dim, width=member.width)
+            scores.append(total / normalizer(block, config.normalization) if block.size > low else None)
+        budget = parameter_budget(layout, config.sparsity_levels[-1] * step / config.num_steps)
+        for number, index in select(layout, scores, ranks, minimum=minimum, budget=budget):
+            ranks[number][index] = length
+            length += 1
+            zero_structures(model, layout.blocks[number], torch.tensor([index]))
+        seconds.append(time.perf_counter() - start)
+    return ranks, seconds
+
+
+class _Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+
+def prune_ours(
+    model: PreTrainedModel, data: list[dict[str, Any]], *, config: GISPConfig, batch_size: int, chunk_tokens: int | None
+) -> Any:
+    """A Trainer with the callback. Returns (removal order, seconds per step)."""
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        pruner = GISPPruner(config, Path(folder) / "levels", chunk_tokens=chunk_tokens)
+        args = TrainingArguments(
+            output_dir=f"{folder}/trainer",
+            max_steps=config.num_steps,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=len(data) // batch_size,
+            train_sampling_strategy="sequential",  # the same batches as the other side
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[pruner, clock])
+        trainer.train()
+        ranks = Trajectory.load(Path(folder) / "levels").ranks
+    return ranks, [after - before for before, after in zip(clock.times, clock.times[1:])]
+
+
+def child(side: str, options: argparse.Namespace) -> None:
+    """One side, in this process; prints one line of JSON."""
+    if options.shape == "smollm2":
+        import gensim  # noqa: F401  what loading the text imports is not the model's memory
+    before = _resident()
+    model, data = load(
+        options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
+    )
+    config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,))
+    if side == "masked":
+        ranks, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
+    else:
+        chunk = options.chunk_tokens or None
+        ranks, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    order = torch.cat(list(ranks)).tolist()
+    print("RESULT " + json.dumps({"seconds": seconds, "peak": peak, "order": order}))
+
+
+def _resident() -> int:
+    """Bytes that the process holds now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """Runs both sides one after the other and puts them side by side."""
+    results = {}
+    for side in ("masked", "gisp_hf"):
+        print(f"running {side} ...", flush=True)
+        command = [sys.executable, "-m", "recipes.benchmark_pruning", *argv, "--side", side]
+        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if run.returncode or not lines:
+            raise RuntimeError(f"{side} failed with exit code {run.returncode}; see its output above")
+        results[side] = json.loads(lines[0].removeprefix("RESULT "))
+    masked, ours = results["masked"], results["gisp_hf"]
+    gone = [{i for i, rank in enumerate(side["order"]) if rank >= 0} for side in (masked, ours)]
+    summary = {
+        "steps": options.steps,
+        "time_ratio": sum(ours["seconds"]) / sum(masked["seconds"]),
+        "first_step_ratio": ours["seconds"][0] / masked["seconds"][0],
+        "last_step_ratio": ours["seconds"][-1] / masked["seconds"][-1],
+        "memory_ratio": ours["peak"] / masked["peak"],
+        "removed": len(gone[0]),
+        "removed_differently": len(gone[0] ^ gone[1]) // 2,
+        "same_order": masked["order"] == ours["order"],
+    }
+    rows = [
+        {
+            "side": name,
+            "total": sum(side["seconds"]),
+            "first": side["seconds"][0],
+            "last": side["seconds"][-1],
+            "peak": side["peak"] / 1e6,
+        }
+        for name, side in results.items()
+    ]
+    columns = {"side": "", "total": "total, s", "first": "first step, s", "last": "last step, s", "peak": "peak, MB"}
+    print("\n" + format_table(rows, columns, formats={"peak": ",.0f"}))
+    print(
+        f"\ntime {summary['time_ratio']:.2f}, last step {summary['last_step_ratio']:.2f}, memory "
+        f"{summary['memory_ratio']:.2f} of the masked run; {summary['removed']:,} structures removed, "
+        f"{summary['removed_differently']} of them other ones; same order: {summary['same_order']}"
+    )
+    return summary | {"rows": rows}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Time and memory of pruning, beside a plain masked implementation.")
+    parser.add_argument("--shape", choices=["smollm2", *SHAPES], default="smollm2", help="model (default: smollm2)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--steps", type=int, default=10, help="pruning steps")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="at the end")
+    parser.add_argument("--blocks", type=int, default=16, help="calibration blocks in each step")
+    parser.add_argument("--block-length", type=int, default=128, help="tokens in a block")
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks in a forward pass")
+    parser.add_argument("--chunk-tokens", type=int, default=256, help="of the loss in (b); 0 for the model's own")
+    parser.add_argument("--output", type=Path, help="write the summary there as JSON")
+    parser.add_argument("--side", choices=["masked", "gisp_hf"], help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    if options.side:
+        child(options.side, options)
+        return
+    summary = compare(options, argv)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
