@@ -80,8 +80,8 @@ def load_progress(folder: Path, expected: Progress) -> Trajectory:
         # Another number of processes is fine as long as every step sees as many examples as before.
         if before != now and name != "world_size":
             raise ValueError(
-                f"the checkpoint {folder} was made with {name}={before} (on {found.world_size} processes), this run has "
-                f"{now} (on {expected.world_size}): its steps would not be comparable. Set "
+                f"the checkpoint {folder} was made with {name}={before} (on {found.world_size} processes), this run "
+                f"has {now} (on {expected.world_size}): its steps would not be comparable. Set "
                 "per_device_train_batch_size and gradient_accumulation_steps so that their product with the number of "
                 "processes is as before"
             )
