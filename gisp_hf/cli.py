@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from gisp_hf.cards import level_card, main_card
 from gisp_hf.config import level_name
 from gisp_hf.hub import LevelInfo, PushError, push_levels, read_levels
+from gisp_hf.level_evaluation import evaluate_levels
 from gisp_hf.materialize import materialize
 from gisp_hf.report import format_table
 from gisp_hf.trajectory import Trajectory
@@ -82,12 +83,40 @@ def _materialize(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
-    card = _writer(folder, read_levels(folder), repo_id=options.repo, license=options.license, fetch=True)
+    card = _writer(
+        folder, read_levels(folder), repo_id=options.repo, license=options.license, fetch=True, new=options.new_cards
+    )
     report = push_levels(folder, options.repo, private=options.private or None, tag=options.tag, card=card)
     done = f"{len(report.sent)} of {len(report.commits)} branches changed" if report.sent else "nothing had changed"
     print(f"{report.url}: {', '.join(report.commits)} ({done})")
     if report.tags:
         print(f"tags: {', '.join(report.tags)}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for level, metrics in evaluate_levels(
+        options.source,
+        text=options.text,
+        windows=options.window,
+        questions=options.questions,
+        answers=options.answers,
+        tasks=options.tasks,
+        include_path=options.include_path,
+        limit=options.limit,
+        max_new_tokens=options.max_new_tokens,
+        dtype=DTYPES.get(options.dtype),
+        batch_size=options.batch_size,
+    ):
+        rows.append({"name": level.name, **metrics})
+        print(f"{level.name}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}", file=sys.stderr)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    print(
+        format_table(
+            rows, {"name": "level", **{name: name for name in names[1:]}}, formats=dict.fromkeys(names[1:], ",.4f")
+        )
+    )
 
 
 def _card(options: argparse.Namespace) -> None:
@@ -98,20 +127,26 @@ def _card(options: argparse.Namespace) -> None:
         names = ", ".join(f"{level.sparsity:g}" for level in levels)
         raise ValueError(f"{folder} holds no level {options.level:g}; it has {names}")
     repo_id = options.repo or f"user/{folder.resolve().name}"
-    print(_writer(folder, levels, repo_id=repo_id, license=options.license, fetch=False)(branch, levels), end="")
+    print(
+        _writer(folder, levels, repo_id=repo_id, license=options.license, fetch=False, new=options.new_cards)(
+            branch, levels
+        ),
+        end="",
+    )
 
 
 def _writer(
-    folder: Path, levels: Sequence[LevelInfo], *, repo_id: str, license: str | None, fetch: bool
+    folder: Path, levels: Sequence[LevelInfo], *, repo_id: str, license: str | None, fetch: bool, new: bool
 ) -> Callable[[str, Sequence[LevelInfo]], str]:
     """What gives each branch its card: the one that lies in its folder, unless a license is asked for, or a new one.
 
     Args:
         fetch: whether the license of the base model may be looked for on the Hub.
+        new: write new cards, whatever lies in the folders.
     """
     trajectory = _trajectory(folder, levels)
     cards = {MAIN: folder / CARD_FILE, **{level.name: folder / level.name / CARD_FILE for level in levels}}
-    kept = {branch for branch, path in cards.items() if license is None and path.is_file()}
+    kept = {branch for branch, path in cards.items() if license is None and not new and path.is_file()}
     if fetch and license is None and len(kept) < len(cards):
         _fetch_base_card(trajectory)
     known: dict[str, Any] = {"repo_id": repo_id, "license": license, "versions": _versions(folder / levels[0].name)}
@@ -177,6 +212,9 @@ def _parser() -> argparse.ArgumentParser:
         "license of the pruned model, as the Hub writes it: apache-2.0, mit, llama3.1 ... (default: that of the base "
         "model, if its card is {where}; else the cards name none). A README.md in the folder of the run or of a level "
         "is the card of main or of that level, unless this option is given"
+    )
+    new_cards_help = (
+        "write new cards, with what was measured since, in place of those in the folders (default: keep them)"
     )
 
     levels = _command(
@@ -246,6 +284,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.add_argument("--license", metavar="ID", help=license_help.format(where="on the Hub"))
 
+    push.add_argument("--new-cards", action="store_true", help=new_cards_help)
+
+    evaluation = _command(
+        commands,
+        "eval",
+        _eval,
+        "Measure every level: perplexity, multiple choice, exact match, lm-eval tasks. The numbers of a local run are "
+        "kept in the levels' folders (metrics.json), for levels.json and new cards.",
+        example="gisp-hf eval runs/quickstart/iterative --text wikitext2 --window 128 256 --tasks piqa arc_easy",
+    )
+    evaluation.add_argument("source", metavar="REPO_OR_FOLDER", help=source_help)
+    evaluation.add_argument(
+        "--text", metavar="FILE", help="text for perplexity: a file, or wikitext2 for its test split"
+    )
+    evaluation.add_argument(
+        "--window", metavar="TOKENS", type=int, nargs="+", default=[128], help="windows of perplexity (default: 128)"
+    )
+    evaluation.add_argument("--questions", metavar="FILE", help="JSONL of {prompt, choices, label}: multiple choice")
+    evaluation.add_argument(
+        "--answers", metavar="FILE", help="JSONL of {prompt, completion}: exact match of final numbers"
+    )
+    evaluation.add_argument("--tasks", metavar="TASK", nargs="+", default=[], help="lm-eval tasks (extra: eval)")
+    evaluation.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
+    evaluation.add_argument("--limit", metavar="N", type=int, help="only so many examples of each (default: all)")
+    evaluation.add_argument(
+        "--max-new-tokens", metavar="N", type=int, default=256, help="of a generated answer (default: 256)"
+    )
+    evaluation.add_argument("--batch-size", metavar="N", type=int, default=8, help="sequences at once (default: 8)")
+    evaluation.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as saved)")
+
     card = _command(
         commands,
         "card",
@@ -257,6 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("--level", type=float, metavar="FRACTION", help="sparsity of the level (default: main's card)")
     card.add_argument("--repo", metavar="USER/NAME", help="repository that the card speaks of (default: user/FOLDER)")
     card.add_argument("--license", metavar="ID", help=license_help.format(where="in the cache"))
+    card.add_argument("--new-cards", action="store_true", help=new_cards_help)
     return parser
 
 

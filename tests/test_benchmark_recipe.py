@@ -2,7 +2,20 @@ from recipes import benchmark_pruning
 
 
 def test_both_sides_remove_the_same(tmp_path, capsys) -> None:
-    argv = ["--shape", "tiny", "--steps", "3", "--blocks", "8", "--batch-size", "8", "--block-length", "16", "--chunk-tokens", "32"]
+    argv = [
+        "--shape",
+        "tiny",
+        "--steps",
+        "3",
+        "--blocks",
+        "8",
+        "--batch-size",
+        "8",
+        "--block-length",
+        "16",
+        "--chunk-tokens",
+        "32",
+    ]
     summary = benchmark_pruning.compare(benchmark_pruning.parse(argv), argv)
     assert summary["same_order"] and summary["removed"] > 50 and summary["removed_differently"] == 0
     assert summary["time_ratio"] > 0 and summary["memory_ratio"] > 0

@@ -25,7 +25,7 @@ from tests.hub_server import HubServer
 from tests.test_materialize import random_trajectory, save_base, upload
 from tests.tiny import tiny_model
 
-COMMANDS = ("levels", "materialize", "push", "card")
+COMMANDS = ("levels", "materialize", "push", "eval", "card")
 # The client's own, in the upload of every LFS file.
 upload_warning = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 

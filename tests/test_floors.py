@@ -37,6 +37,7 @@ ORDER = [
         "evaluation",
         "accuracy",
         "harness",
+        "level_evaluation",
         "report",
     ),
     # floor 3: what the user touches
