@@ -296,17 +296,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_argument("source", metavar="REPO_OR_FOLDER", help=source_help)
     evaluation.add_argument(
-        "--text", metavar="FILE", help="text for perplexity: a file, or wikitext2 for its test split"
+        "--text", metavar="FILE", help="text for perplexity: a file, or wikitext2 for its test split (default: none)"
     )
     evaluation.add_argument(
         "--window", metavar="TOKENS", type=int, nargs="+", default=[128], help="windows of perplexity (default: 128)"
     )
-    evaluation.add_argument("--questions", metavar="FILE", help="JSONL of {prompt, choices, label}: multiple choice")
     evaluation.add_argument(
-        "--answers", metavar="FILE", help="JSONL of {prompt, completion}: exact match of final numbers"
+        "--questions", metavar="FILE", help="JSONL of {prompt, choices, label}: multiple choice (default: none)"
     )
-    evaluation.add_argument("--tasks", metavar="TASK", nargs="+", default=[], help="lm-eval tasks (extra: eval)")
-    evaluation.add_argument("--include-path", metavar="DIR", help="folder with lm-eval tasks of your own")
+    evaluation.add_argument(
+        "--answers", metavar="FILE", help="JSONL of {prompt, completion}: exact match of final numbers (default: none)"
+    )
+    evaluation.add_argument(
+        "--tasks", metavar="TASK", nargs="+", default=[], help="lm-eval tasks (extra: eval) (default: none)"
+    )
+    evaluation.add_argument(
+        "--include-path", metavar="DIR", help="folder with lm-eval tasks of your own (default: none)"
+    )
     evaluation.add_argument("--limit", metavar="N", type=int, help="only so many examples of each (default: all)")
     evaluation.add_argument(
         "--max-new-tokens", metavar="N", type=int, default=256, help="of a generated answer (default: 256)"

@@ -161,7 +161,7 @@ def run(
     tokens: int,
     seeds: Sequence[int],
     wrong_choices: int = 1,
-    batches: int = 1,
+    batches: int = 2,
     keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Prunes a copy of ``model`` for every seed and objective, measures all levels, writes table and plot.
@@ -194,30 +194,33 @@ def run(
                     runs.append(row | {"objective": objective, "level": level, "seed": seed})
                     print(f"{objective}, seed {seed}, {level:.0%}: {row}", flush=True)
             print(f"{objective}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-    rows = summarize(runs)
-    table = format_table(
-        rows,
-        COLUMNS,
-        formats={"level": ".0%"} | {f"{name}{end}": ".3f" for name in MEASURES[:2] for end in ("", "_std")},
-    )
-    results = {
-        "config": config.to_dict(),
-        "tokens": tokens,
-        "batches": batches,
-        "wrong_choices": wrong_choices,
-        "dtype": str(model.dtype),
-        "calibration_questions": len(calibration_questions),
-        "test_questions": len(test_questions),
-        "test_tokens": len(held_out),
-        "rows": rows,
-        "runs": runs,
-        "calibration": provenance,
-    }
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
-    plot_accuracy(rows, output_dir / "accuracy.png", chance=1 / CHOICES)
+        # after every seed: an interrupted run keeps what it has measured
+        results = {
+            "config": config.to_dict(),
+            "tokens": tokens,
+            "batches": batches,
+            "wrong_choices": wrong_choices,
+            "dtype": str(model.dtype),
+            "calibration_questions": len(calibration_questions),
+            "test_questions": len(test_questions),
+            "test_tokens": len(held_out),
+            "rows": summarize(runs),
+            "runs": runs,
+            "calibration": provenance,
+        }
+        table = write_results(results, output_dir)
     print(f"\n{table}\n\nTable and plot are in {output_dir}")
     return results
+
+
+def write_results(results: Mapping[str, Any], output_dir: Path) -> str:
+    """Writes results.json, results.md and accuracy.png, and returns the table."""
+    spreads = {f"{name}{end}": ".3f" for name in MEASURES[:2] for end in ("", "_std")}
+    table = format_table(results["rows"], COLUMNS, formats={"level": ".0%", **spreads})
+    (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
+    plot_accuracy(results["rows"], output_dir / "accuracy.png", chance=1 / CHOICES)
+    return table
 
 
 def measure(
@@ -284,15 +287,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prune for a decision task: language modelling against the margin.")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/multiple_choice"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one calibration draw each")
-    parser.add_argument("--num-steps", type=int, default=10, help="pruning steps up to the highest level")
+    parser.add_argument("--num-steps", type=int, default=8, help="pruning steps up to the highest level")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.2, 0.4, 0.5])
-    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens in every step")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens in every step")
     parser.add_argument("--questions", type=int, default=200, help="test questions")
-    parser.add_argument("--prompt-words", type=int, default=16)
+    parser.add_argument("--prompt-words", type=int, default=8)
     parser.add_argument("--choice-words", type=int, default=8)
-    parser.add_argument("--test-tokens", type=int, default=4096, help="held-out tokens for perplexity")
+    parser.add_argument("--test-tokens", type=int, default=2048, help="held-out tokens for perplexity")
     parser.add_argument("--wrong-choices", type=int, default=1, help="wrong continuations of a calibration question")
-    parser.add_argument("--batches", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--batches", type=int, default=2, help="micro-batches of a step")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the pruned models in the output folder")
     options = parser.parse_args()
