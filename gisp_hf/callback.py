@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
 from gisp_hf.engine import Engine, NonFiniteGradientError
 from gisp_hf.hub import PushError, PushReport, write_metrics
+from gisp_hf.level_evaluation import measure
 from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
 from gisp_hf.publish import Publisher
 from gisp_hf.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
@@ -28,7 +29,7 @@ from gisp_hf.schedule import targets_of_step
 from gisp_hf.surgery import as_pruned_model
 from gisp_hf.trajectory import Base, Step, Trajectory
 
-Evaluate = Callable[[PreTrainedModel], dict[str, float]]
+Evaluate = Callable[[PreTrainedModel], dict[str, float]] | Sequence[str]
 
 
 class GISPPruner(TrainerCallback):
@@ -53,8 +54,9 @@ class GISPPruner(TrainerCallback):
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
         chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of the logits of
             a whole batch; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
-        evaluate: called with the model at each level (in eval mode, without gradients); the numbers it returns reach
-            the log and ``level_metrics``. With several processes it is called on all of them.
+        evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to run
+            there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several processes
+            all of them evaluate.
         hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
             created if it does not exist. Only the main process pushes.
         hub_private: whether a new repository is private.
@@ -228,7 +230,7 @@ class GISPPruner(TrainerCallback):
             groups, channels = groups + removal.groups, channels + removal.channels
             if level is not None:
                 self._save_level(level, model, tokenizer=processing_class, main_process=state.is_world_process_zero)
-                self._evaluate_level(level, model, state)
+                self._evaluate_level(level, model, state, tokenizer=processing_class)
                 if self._publisher is not None:
                     self._publisher.add_level(
                         level, self._level_folder(level), trajectory=self.trajectory, metrics=self.level_metrics
@@ -331,6 +333,10 @@ class GISPPruner(TrainerCallback):
             raise ValueError(
                 "shrink=True needs a single process, without torch_compile and launcher; None lets zeros stay"
             )
+        if isinstance(self.evaluate, str):
+            raise ValueError(
+                f"evaluate must be a function or a list of tasks, got {self.evaluate!r}; write [{self.evaluate!r}]"
+            )
         if self.layer_groups > 1 and _is_distributed(args) and not args.fsdp:
             raise ValueError(
                 f"layer_groups={self.layer_groups} changes which parameters have a gradient, which DDP cannot follow; "
@@ -406,7 +412,7 @@ class GISPPruner(TrainerCallback):
             )
         self.level_folders[level] = folder
 
-    def _evaluate_level(self, level: float, model: PreTrainedModel, state: TrainerState) -> None:
+    def _evaluate_level(self, level: float, model: PreTrainedModel, state: TrainerState, *, tokenizer: Any) -> None:
         if self.evaluate is None:
             return
         training = model.training
@@ -414,7 +420,11 @@ class GISPPruner(TrainerCallback):
         if self._chunked is not None:
             self._chunked.detach()
         with torch.no_grad():
-            self.level_metrics[level] = dict(self.evaluate(model))
+            self.level_metrics[level] = (
+                dict(self.evaluate(model))
+                if callable(self.evaluate)
+                else measure(model, tokenizer, tasks=self.evaluate)
+            )
         if self._chunked is not None:
             self._chunked = ChunkedLoss(model, self._chunked.size)
         model.train(training)

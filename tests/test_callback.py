@@ -225,6 +225,28 @@ def test_the_pruner_comes_before_a_real_tracker(tmp_path) -> None:
     assert trainer.callback_handler.callbacks.index(pruner) == 1
 
 
+def test_evaluation_at_each_level_reaches_log_and_folders(tmp_path) -> None:
+    modes = []
+
+    def evaluate(model) -> dict[str, float]:
+        modes.append((model.training, torch.is_grad_enabled()))
+        return {"parameters": float(sum(p.numel() for p in model.model.layers.parameters()))}
+
+    pruner = GISPPruner(tiny_config(), tmp_path / "levels", evaluate=evaluate)
+    trainer = make_trainer(tiny_model(), tmp_path, pruner=pruner)
+    trainer.train()
+    assert modes == [(False, False)] * len(LEVELS)
+    logged = {entry["level"]: entry["parameters"] for entry in trainer.state.log_history if "level" in entry}
+    assert logged == {level: numbers["parameters"] for level, numbers in pruner.level_metrics.items()}
+    for level in LEVELS:
+        folder = tmp_path / "levels" / f"sparsity-{level:.2f}"
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert logged[level] == sum(p.numel() for p in loaded.model.layers.parameters())
+        assert json.loads((folder / "metrics.json").read_text()) == {"parameters": logged[level]}
+    with pytest.raises(ValueError, match=r"list of tasks, got 'piqa'; write \['piqa'\]"):
+        make_trainer(tiny_model(), tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "x", evaluate="piqa"))
+
+
 def test_calibration_loss_of_the_first_step_is_that_of_the_dense_model(tmp_path) -> None:
     model = tiny_model()
     ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
