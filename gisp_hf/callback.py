@@ -52,8 +52,8 @@ class GISPPruner(TrainerCallback):
             parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
         layer_groups: bounds the memory of gradients by scoring the layers in this many groups, one pass over the data
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
-        chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of the logits of
-            a whole batch; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
+        chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of a batch's
+            logits; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
         evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to run
             there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several processes
             all of them evaluate.
