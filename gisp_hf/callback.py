@@ -54,9 +54,9 @@ class GISPPruner(TrainerCallback):
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
         chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of a batch's
             logits; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
-        evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to run
-            there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several processes
-            all of them evaluate.
+        evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to
+            run there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several
+            processes all of them evaluate.
         hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
             created if it does not exist. Only the main process pushes.
         hub_private: whether a new repository is private.

@@ -93,6 +93,19 @@ def test_the_remote_file_reaches_nothing_but_transformers() -> None:
     assert not called & {"open", "exec", "eval", "compile", "__import__"}
 
 
+def test_no_pickle_and_no_unasked_remote_code() -> None:
+    for path in [*modules(), *sorted(PACKAGE.parent.glob("recipes/*.py"))]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = {getattr(node, "module", None) or "", *(alias.name for alias in node.names)}
+                assert not names & {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+                assert node.attr not in {"save", "load"}, path
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not isinstance(node.value, ast.Constant) or not node.value.value, path
+
+
 def test_no_file_is_longer_than_the_house_allows() -> None:
     for path in modules():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 500, path
