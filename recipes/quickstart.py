@@ -2,7 +2,7 @@
 
     make quickstart                       # or: python -m recipes.quickstart
 
-Hardware: two CPU cores and 6 GB of memory are enough. Time: about 9 minutes there.
+Hardware: two CPU cores and 6 GB of memory are enough. Time: about 12 minutes there.
 Writes to runs/quickstart: iterative/sparsity-0.20 ... 0.50 (checkpoints), iterative/trajectory.* (the removal order),
 results.json, results.md and three plots. A second run needs another folder: python -m recipes.quickstart --output-dir X
 """
@@ -96,7 +96,7 @@ def run(
         for level, folder in pruner.level_folders.items()
     }
     trajectory = Trajectory.load(output_dir / "iterative")
-    speeds = measure_speed({"dense": dense, **{str(level): pruned for level, pruned in levels.items()}})
+    speeds = measure_speed({"dense": dense, **{str(level): pruned for level, pruned in levels.items()}}, repeats=2)
     rows = [row_of("dense", dense, speeds["dense"], held_out) | {"one_shot_256": None, "megabytes": None}]
     for level, pruned in levels.items():
         row = row_of(pruner.level_folders[level].name, pruned, speeds[str(level)], held_out)
