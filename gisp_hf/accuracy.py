@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from gisp_hf.evaluation import _evaluating
+from gisp_hf.evaluation import evaluation_mode
 
 CHOICE_ACCURACY = str(Path(__file__).with_name("metrics") / "choice_accuracy")
 FINAL_NUMBER = str(Path(__file__).with_name("metrics") / "final_number")
@@ -102,7 +102,7 @@ def continuation_log_likelihoods(
     # long ones first: little padding, and a batch that does not fit into memory fails at once
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
     results = torch.zeros(len(encoded), dtype=torch.float64)
-    with _evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             ids = [torch.tensor(encoded[i][0]) for i in rows]
@@ -248,7 +248,7 @@ def generate_answers(
         eos_token_id=model.generation_config.eos_token_id if model.generation_config else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with _evaluating(model):
+    with evaluation_mode(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = tokenizer(

@@ -24,7 +24,7 @@ class Speed:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no gradients inside; the mode of every single module is as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -81,7 +81,7 @@ def perplexity(
 
     windows = input_ids[: count * window].reshape(count, window)  # (count, window)
     total = torch.zeros((), dtype=torch.float64)
-    with _evaluating(model):
+    with evaluation_mode(model):
         for batch in logging.tqdm(windows.split(batch_size), desc="perplexity", disable=not progress):
             batch = batch.to(model.device)  # (B, window)
             logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # (B, window - 1, V)
@@ -158,7 +158,7 @@ def measure_speed(
         for name, model in models.items():
             generator = torch.Generator().manual_seed(0)
             prompt = torch.randint(model.config.vocab_size, (batch_size, prompt_tokens), generator=generator)
-            with _evaluating(model):
+            with evaluation_mode(model):
                 seconds = _time_once(model, prompt.to(model.device), new_tokens=new_tokens)
             if turn > 0:  # the first turn warms up
                 times[name].append(seconds)

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.evaluation import _evaluating
+from gisp_hf.evaluation import evaluation_mode
 
 # The seven decision tasks of arXiv 2510.18030, by lm-eval's names.
 CMQA_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -72,7 +72,7 @@ def evaluate_suite(
             f"unknown tasks {', '.join(unknown)}: `lm-eval ls tasks` lists what there is; for a task of your own, "
             "include_path is the folder with its YAML file"
         )
-    with _evaluating(model):
+    with evaluation_mode(model):
         bridge = HFLM(
             pretrained=model,
             tokenizer=tokenizer,
