@@ -42,12 +42,13 @@ for revision in sys.argv[1:]:
 """
 
 
-def python(code: str, *arguments: str, hub: HubServer, home: Path) -> subprocess.CompletedProcess:
+def python(code: str, *arguments: str, hub: HubServer, home: Path, **variables: str) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         **hub.environment("hf_owner", str(home)),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
+        **variables,
     }
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -91,6 +92,10 @@ def test_a_run_leaves_all_levels_and_a_card_on_the_hub(tmp_path) -> None:
 
         loaded = python(LOAD, *names, "main", hub=hub, home=tmp_path / "other-home")
         assert loaded.returncode == 0, loaded.stderr
+        hub.requests.clear()
+        offline = python(LOAD, *names, hub=hub, home=tmp_path / "other-home", HF_HUB_OFFLINE="1")
+        assert offline.returncode == 0, offline.stderr
+        assert offline.stdout in loaded.stdout and not hub.requests  # from the cache alone
         sizes = dict(line.split() for line in loaded.stdout.splitlines() if line.startswith(("sparsity", "main")))
         assert sizes["main"] == sizes[names[0]] and int(sizes[names[0]]) > int(sizes[names[3]])
         assert [float(sizes[name]) for name in names] == [
