@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf import GISPConfig, GISPPruner, Trajectory
+from gisp_hf import GISPConfig, GISPPruner, Trajectory, callback, chunked, engine
 from gisp_hf.architectures import discover
 from gisp_hf.report import format_table
 from gisp_hf.scoring import normalizer, score_slices
@@ -137,6 +137,38 @@ def prune_ours(
     return ranks, [after - before for before, after in zip(clock.times, clock.times[1:])]
 
 
+class _Stopwatch:
+    """Seconds spent in some functions, by name; each is replaced by one that takes the time around it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def watch(self, owner: Any, function: str, name: str) -> None:
+        plain = getattr(owner, function)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+        setattr(owner, function, timed)
+
+
+def watch_parts() -> _Stopwatch:
+    """Where the time of a run of ours goes; what is left over is the decoder layers, forward and backward."""
+    stopwatch = _Stopwatch()
+    stopwatch.watch(chunked.ChunkedLoss, "_loss", "LM head, loss and its gradient")
+    stopwatch.watch(engine, "score_slices", "scores, inside the backward pass")
+    stopwatch.watch(engine.Engine, "advance", "ranking and slicing")
+    stopwatch.watch(callback, "save_level", "writing levels")
+    stopwatch.watch(callback, "model_fingerprint", "fingerprint of the base")
+    return stopwatch
+
+
 def child(side: str, options: argparse.Namespace) -> None:
     """One side, in this process; prints one line of JSON."""
     if options.shape == "smollm2":
@@ -146,17 +178,22 @@ def child(side: str, options: argparse.Namespace) -> None:
         options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
     )
     config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,))
+    parts: dict[str, float] = {}
     if side == "masked":
         ranks, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
     else:
         chunk = options.chunk_tokens or None
+        stopwatch = watch_parts()
+        start = time.perf_counter()
         ranks, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
+        parts = stopwatch.seconds
+        parts["decoder layers, Trainer, rest"] = time.perf_counter() - start - sum(parts.values())
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     order = torch.cat(list(ranks)).tolist()
-    print("RESULT " + json.dumps({"seconds": seconds, "peak": peak, "order": order}))
+    print("RESULT " + json.dumps({"seconds": seconds, "peak": peak, "order": order, "parts": parts}))
 
 
 def _resident() -> int:
@@ -205,7 +242,9 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         f"{summary['memory_ratio']:.2f} of the masked run; {summary['removed']:,} structures removed, "
         f"{summary['removed_differently']} of them other ones; same order: {summary['same_order']}"
     )
-    return summary | {"rows": rows}
+    parts = [{"part": name, "seconds": seconds} for name, seconds in ours["parts"].items()]
+    print("\n" + format_table(parts, {"part": "gisp_hf, part", "seconds": "s"}))
+    return summary | {"rows": rows, "parts": ours["parts"]}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
