@@ -61,9 +61,11 @@ class Disturb(TrainerCallback):
 def run_ddp(folder: Path, options: dict) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     disturb = options.pop("disturb", None)
-    pruner = GISPPruner(tiny_config(), folder / "levels")
+    dtype = getattr(torch, options.pop("dtype", "float32"))
+    config = tiny_config(num_steps=options.pop("num_steps", 5))
+    pruner = GISPPruner(config, folder / "levels")
     trainer = make_trainer(
-        tiny_model(),
+        tiny_model(dtype=dtype),
         folder,
         pruner=pruner,
         per_device_train_batch_size=8 // world,
