@@ -28,16 +28,14 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
 )
 
-from gisp_hf import GISPConfig, GISPPruner
+from gisp_hf import GISPConfig
 from gisp_hf.accuracy import multiple_choice_accuracy
-from gisp_hf.calibration import Calibration, load_calibration
+from gisp_hf.calibration import load_calibration
 from gisp_hf.evaluation import perplexity
 from gisp_hf.report import COLOURS, MARKERS, format_table
+from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 
 OBJECTIVES = {"language_modeling": "language modelling", "margin": "margin"}
@@ -110,46 +108,6 @@ def write_calibration(questions: Sequence[Mapping[str, Any]], path: Path, *, wro
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Calibration,
-    *,
-    config: GISPConfig,
-    output_dir: Path,
-    batches: int,
-) -> GISPPruner:
-    """The part to copy: dataset, collator and loss of the calibration set go to an ordinary Trainer.
-
-    Every step sees the whole set, in ``batches`` micro-batches of about equal size. Few and large ones are best for the
-    margin, whose gradient is a small difference: micro-batches are added up in the parameters' own precision.
-    """
-    pruner = GISPPruner(config, output_dir=output_dir, calibration=calibration.provenance)
-    items = len(calibration.dataset)
-    batch_size = -(-items // batches)  # rounded up: the last micro-batch may be smaller
-    arguments = TrainingArguments(
-        output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
-        max_steps=config.num_steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=-(-items // batch_size),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=calibration.dataset,
-        data_collator=calibration.collator,
-        compute_loss_func=calibration.loss,
-        processing_class=tokenizer,
-        callbacks=[pruner],
-    )
-    trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
-    trainer.train()
-    return pruner
-
-
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -187,7 +145,12 @@ def run(
             with tempfile.TemporaryDirectory() as scratch:
                 folder = (output_dir if keep_checkpoints else Path(scratch)) / f"{objective}-seed{seed}"
                 pruner = prune(
-                    copy.deepcopy(model), tokenizer, calibration, config=config, output_dir=folder, batches=batches
+                    copy.deepcopy(model),
+                    tokenizer,
+                    calibration,
+                    config=config,
+                    output_dir=folder,
+                    batch_size=-(-len(calibration.dataset) // batches),  # rounded up: the last one may be smaller
                 )
                 for level, path in pruner.level_folders.items():
                     pruned = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)

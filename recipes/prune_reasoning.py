@@ -20,16 +20,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
 )
 
-from gisp_hf import GISPConfig, GISPPruner
+from gisp_hf import GISPConfig
 from gisp_hf.accuracy import exact_match
 from gisp_hf.calibration import Calibration, load_calibration
 from gisp_hf.report import format_table
 from gisp_hf.tasks import SOURCES
+from recipes.calibrated_run import prune
 
 COLUMNS = {
     "level": "level",
@@ -59,41 +57,6 @@ def load_records(name: str, *, count: int | None = None) -> list[dict[str, str]]
     if not records:
         raise ValueError(f"{Path(name).name} holds no record: give at least one line with prompt and completion")
     return records
-
-
-def prune(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    calibration: Calibration,
-    *,
-    config: GISPConfig,
-    output_dir: Path,
-    batch_size: int,
-) -> GISPPruner:
-    """An ordinary Trainer, on worked answers; every step sees the whole calibration set."""
-    pruner = GISPPruner(config, output_dir=output_dir, calibration=calibration.provenance)
-    items = len(calibration.dataset)
-    arguments = TrainingArguments(
-        output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
-        max_steps=config.num_steps,
-        per_device_train_batch_size=min(batch_size, items),
-        gradient_accumulation_steps=-(-items // batch_size),  # rounded up: the last micro-batch may be smaller
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=calibration.dataset,
-        data_collator=calibration.collator,
-        compute_loss_func=calibration.loss,
-        processing_class=tokenizer,
-        callbacks=[pruner],
-    )
-    trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
-    trainer.train()
-    return pruner
 
 
 def run(
