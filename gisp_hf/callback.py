@@ -355,6 +355,8 @@ class GISPPruner(TrainerCallback):
 
     def _identify(self, model: PreTrainedModel) -> Base:
         name = self.base_model or model.name_or_path or type(model).__name__
+        if self.hub_model_id is not None and Path(name).is_dir():
+            name = Path(name).resolve().name  # what is pushed should not tell where it lay on this machine
         return Base(
             id=name,
             revision=self.base_revision or _cached_commit(name),

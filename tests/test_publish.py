@@ -135,6 +135,15 @@ def test_a_wrong_token_is_refused_before_anything_is_computed(tmp_path, monkeypa
             Publisher("not a name", token="hf_owner")
 
 
+def test_a_local_base_is_pushed_under_its_name_without_its_path(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path / "secret-place" / "my-model")
+    model = tiny_model()
+    model.name_or_path = str(tmp_path / "secret-place" / "my-model")
+    local, pushed = (GISPPruner(tiny_config(), hub_model_id=repo) for repo in (None, "me/x"))
+    assert local._identify(model).id == model.name_or_path  # where load_level finds it again
+    assert pushed._identify(model).id == "my-model"
+
+
 def test_a_failed_push_never_loses_the_levels(tmp_path, monkeypatch) -> None:
     import gisp_hf.publish as publish
 
