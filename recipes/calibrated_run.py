@@ -19,11 +19,13 @@ def prune(
 ) -> GISPPruner:
     """The part to copy: dataset, collator and loss of the calibration set go to an ordinary Trainer.
 
-    Every step sees the whole set, in micro-batches of ``batch_size`` items. Few and large ones are best for the margin,
-    whose gradient is a small difference: micro-batches are added up in the parameters' own precision.
+    Every step sees the whole set, in micro-batches of ``batch_size`` items. How it is cut and ordered does not change
+    the gradient, so items of like length stand together: questions padded to the longest of all cost far more.
     """
     pruner = GISPPruner(config, output_dir=output_dir, calibration=calibration.provenance)
     items = len(calibration.dataset)
+    lengths = [_tokens(item["input_ids"]) for item in calibration.dataset]
+    longest_first = sorted(range(items), key=lambda i: -lengths[i])  # what does not fit into memory fails at once
     arguments = TrainingArguments(
         output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
         max_steps=config.num_steps,
@@ -32,11 +34,12 @@ def prune(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        train_sampling_strategy="sequential",
     )
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=calibration.dataset,
+        train_dataset=calibration.dataset.select(longest_first),
         data_collator=calibration.collator,
         compute_loss_func=calibration.loss,
         processing_class=tokenizer,
@@ -45,3 +48,8 @@ def prune(
     trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
     trainer.train()
     return pruner
+
+
+def _tokens(input_ids: list[int] | list[list[int]]) -> int:
+    """Tokens of one item: a sequence, or the candidates of a question."""
+    return sum(len(part) if isinstance(part, list) else 1 for part in input_ids)

@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from gisp_hf import GISPConfig
+from gisp_hf import GISPConfig, Trajectory
 from gisp_hf.accuracy import multiple_choice_accuracy
 from gisp_hf.calibration import load_calibration
 from gisp_hf.evaluation import perplexity
@@ -52,6 +53,7 @@ COLUMNS = {
     "accuracy_normalized_std": "std",
     "perplexity": "ppl, 128",
     "perplexity_std": "std",
+    "removed_alike": "removed alike",
     "seeds": "seeds",
 }
 
@@ -120,7 +122,7 @@ def run(
     tokens: int,
     seeds: Sequence[int],
     wrong_choices: int = 1,
-    batches: int = 2,
+    batches: int = 8,
     keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
     """Prunes a copy of ``model`` for every seed and objective, measures all levels, writes table and plot.
@@ -135,6 +137,7 @@ def run(
     runs = [measure(model, tokenizer, test_questions, held_out) | {"objective": "dense", "level": 0.0, "seed": None}]
     print(f"dense: {runs[0]}", flush=True)
     provenance = []
+    trajectories: dict[str, list[Trajectory]] = {objective: [] for objective in OBJECTIVES}
     for seed in seeds:
         for objective in OBJECTIVES:
             start = time.perf_counter()
@@ -152,6 +155,7 @@ def run(
                     output_dir=folder,
                     batch_size=-(-len(calibration.dataset) // batches),  # rounded up: the last one may be smaller
                 )
+                trajectories[objective].append(pruner.trajectory)
                 for level, path in pruner.level_folders.items():
                     pruned = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype).to(model.device)
                     row = measure(pruned, tokenizer, test_questions, held_out)
@@ -168,7 +172,7 @@ def run(
             "calibration_questions": len(calibration_questions),
             "test_questions": len(test_questions),
             "test_tokens": len(held_out),
-            "rows": summarize(runs),
+            "rows": summarize(runs, trajectories),
             "runs": runs,
             "calibration": provenance,
         }
@@ -180,7 +184,7 @@ def run(
 def write_results(results: Mapping[str, Any], output_dir: Path) -> str:
     """Writes results.json, results.md and accuracy.png, and returns the table."""
     spreads = {f"{name}{end}": ".3f" for name in MEASURES[:2] for end in ("", "_std")}
-    table = format_table(results["rows"], COLUMNS, formats={"level": ".0%", **spreads})
+    table = format_table(results["rows"], COLUMNS, formats={"level": ".0%", "removed_alike": ".0%", **spreads})
     (output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
     plot_accuracy(results["rows"], output_dir / "accuracy.png", chance=1 / CHOICES)
@@ -198,8 +202,10 @@ def measure(
     return {**results, "perplexity": perplexity(model, held_out, window=BLOCK_SIZE, batch_size=16)}
 
 
-def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation (n - 1) over the seeds, a row for each objective and level; None for one seed."""
+def summarize(
+    runs: Sequence[Mapping[str, Any]], trajectories: Mapping[str, Sequence[Trajectory]]
+) -> list[dict[str, Any]]:
+    """A row for each objective and level: mean and standard deviation (n - 1) over the seeds, None for one seed."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for row in runs:
         groups.setdefault((row["objective"], row["level"]), []).append(row)
@@ -210,8 +216,26 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             values = [member[name] for member in members]
             row[name] = statistics.fmean(values)
             row[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        row["removed_alike"] = removed_alike(trajectories.get(objective, ()), level)
         rows.append(row)
     return rows
+
+
+def removed_alike(trajectories: Sequence[Trajectory], level: float) -> float | None:
+    """Of what two seeds removed, the share that both did: mean over the pairs, None without a pair.
+
+    Low values say that the calibration set is too small to tell what matters: each draw gives another model.
+    """
+    removed = []
+    for trajectory in trajectories:
+        masks = []
+        for block, kept in zip(trajectory.layout.blocks, trajectory.kept(level)):
+            mask = torch.ones(block.size, dtype=torch.bool)
+            mask[kept] = False
+            masks.append(mask)
+        removed.append(torch.cat(masks))
+    shares = [2 * int((a & b).sum()) / int(a.sum() + b.sum()) for a, b in combinations(removed, 2)]
+    return statistics.fmean(shares) if shares else None
 
 
 def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, chance: float) -> None:
@@ -253,13 +277,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one calibration draw each")
     parser.add_argument("--num-steps", type=int, default=8, help="pruning steps up to the highest level")
     parser.add_argument("--levels", type=float, nargs="+", default=[0.2, 0.4, 0.5])
-    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens in every step")
-    parser.add_argument("--questions", type=int, default=200, help="test questions")
+    parser.add_argument("--tokens", type=int, default=16_384, help="calibration tokens in every step")
+    parser.add_argument("--questions", type=int, default=400, help="test questions")
     parser.add_argument("--prompt-words", type=int, default=8)
     parser.add_argument("--choice-words", type=int, default=8)
-    parser.add_argument("--test-tokens", type=int, default=2048, help="held-out tokens for perplexity")
+    parser.add_argument("--test-tokens", type=int, default=4096, help="held-out tokens for perplexity")
     parser.add_argument("--wrong-choices", type=int, default=1, help="wrong continuations of a calibration question")
-    parser.add_argument("--batches", type=int, default=2, help="micro-batches of a step")
+    parser.add_argument("--batches", type=int, default=8, help="micro-batches of a step")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the pruned models in the output folder")
     options = parser.parse_args()

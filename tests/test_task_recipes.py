@@ -74,6 +74,7 @@ def test_multiple_choice_recipe_measures_both_objectives(tmp_path, capsys) -> No
     assert rows["margin", 0.4]["accuracy"] == pytest.approx(statistics.fmean(values))
     assert rows["margin", 0.4]["accuracy_std"] == pytest.approx(statistics.stdev(values))
     assert rows["dense", 0.0]["accuracy_std"] is None
+    assert rows["dense", 0.0]["removed_alike"] is None
     assert json.loads((tmp_path / "mc" / "results.json").read_text()) == results
     assert (tmp_path / "mc" / "results.md").read_text().strip() in capsys.readouterr().out
     assert (tmp_path / "mc" / "accuracy.png").stat().st_size > 10_000
@@ -81,6 +82,16 @@ def test_multiple_choice_recipe_measures_both_objectives(tmp_path, capsys) -> No
     # the two objectives are told apart down to what they remove
     orders = [Trajectory.load(tmp_path / "mc" / f"{name}-seed0").ranks for name in prune_multiple_choice.OBJECTIVES]
     assert any(not torch.equal(one, other) for one, other in zip(*orders))
+
+    # how far the seeds agree, counted here by names
+    pair = [Trajectory.load(tmp_path / "mc" / f"margin-seed{seed}") for seed in (0, 1)]
+    one, other = (
+        {(n, i) for n, (block, kept) in enumerate(zip(t.layout.blocks, t.kept(0.4)))
+         for i in range(block.size) if i not in kept.tolist()}
+        for t in pair
+    )  # fmt: skip
+    assert 0 < rows["margin", 0.4]["removed_alike"] == pytest.approx(2 * len(one & other) / (len(one) + len(other))) < 1
+    assert prune_multiple_choice.removed_alike([pair[0], pair[0]], 0.4) == 1
 
 
 def make_sums(count: int) -> list[dict[str, str]]:
