@@ -83,14 +83,17 @@ def test_multiple_choice_recipe_measures_both_objectives(tmp_path, capsys) -> No
     orders = [Trajectory.load(tmp_path / "mc" / f"{name}-seed0").ranks for name in prune_multiple_choice.OBJECTIVES]
     assert any(not torch.equal(one, other) for one, other in zip(*orders))
 
-    # how far the seeds agree, counted here by names
+    # how far the seeds agree, counted here one by one
     pair = [Trajectory.load(tmp_path / "mc" / f"margin-seed{seed}") for seed in (0, 1)]
     one, other = (
-        {(n, i) for n, (block, kept) in enumerate(zip(t.layout.blocks, t.kept(0.4)))
-         for i in range(block.size) if i not in kept.tolist()}
-        for t in pair
-    )  # fmt: skip
-    assert 0 < rows["margin", 0.4]["removed_alike"] == pytest.approx(2 * len(one & other) / (len(one) + len(other))) < 1
+        {
+            (number, index)
+            for number, (block, kept) in enumerate(zip(trajectory.layout.blocks, trajectory.kept(0.4)))
+            for index in set(range(block.size)) - set(kept.tolist())
+        }
+        for trajectory in pair
+    )
+    assert rows["margin", 0.4]["removed_alike"] == pytest.approx(2 * len(one & other) / (len(one) + len(other)))
     assert prune_multiple_choice.removed_alike([pair[0], pair[0]], 0.4) == 1
 
 
