@@ -1,11 +1,12 @@
-"""Prune any supported causal language model on any text, on one process or many (language-modelling objective).
+"""Prune any supported causal language model on text, questions or worked answers, on one process or many.
 
     python recipes/prune.py --model_name HuggingFaceTB/SmolLM2-135M --data wikitext2 --output_dir runs/smollm2
     python recipes/prune.py recipes/llama-2-7b/prune.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/prune.py recipes/llama-2-7b/prune.yaml
 
 Options are those below and all of TrainingArguments, on the command line or in one YAML file; options after the file
-override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x processes sequences.
+override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x processes sequences. With
+--objective completion or margin it uses all that were drawn: the number of micro-batches is set to what that takes.
 Hardware and time: see the header of the YAML files. A killed run goes on with --resume_from_checkpoint true, if it was
 started with --save_strategy steps --save_steps 1.
 """
@@ -38,11 +39,18 @@ class PruneArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     data: str = field(
         default="c4",
-        metadata={"help": "c4, wikitext2, owner/name[:config] on the Hub, or a .jsonl, .parquet or .txt file."},
+        metadata={
+            "help": "c4, wikitext2, cmqa, gsm8k, owner/name[:config] on the Hub, or a .jsonl, .parquet or .txt file."
+        },
+    )
+    objective: str = field(
+        default="language_modeling", metadata={"help": "language_modeling, completion (loss on answers) or margin."}
     )
     data_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
-    block_length: int = field(default=256, metadata={"help": "Tokens in a calibration sequence."})
-    num_blocks: int = field(default=2000, metadata={"help": "Calibration sequences in all."})
+    block_length: int = field(
+        default=256, metadata={"help": "Tokens in a calibration sequence; the most, for answers."}
+    )
+    num_blocks: int = field(default=2000, metadata={"help": "Sequences in all; times block_length, the budget."})
     sparsity_levels: list[float] = field(
         default_factory=lambda: [0.2, 0.3, 0.4, 0.5], metadata={"help": "Levels to save, increasing."}
     )
@@ -88,12 +96,16 @@ def main(argv: list[str]) -> GISPPruner:
     calibration = load_calibration(
         options.data,
         tokenizer,
-        objective="language_modeling",
+        objective=options.objective,
         tokens=options.num_blocks * options.block_length,
         block_size=options.block_length,
         seed=args.seed,
         revision=options.data_revision,
     )
+    answers = options.objective != "language_modeling"
+    if answers:  # how many the budget holds depends on their lengths
+        at_once = args.per_device_train_batch_size * args.world_size
+        args.gradient_accumulation_steps = -(-len(calibration.dataset) // at_once)
     model = AutoModelForCausalLM.from_pretrained(
         options.model_name,
         revision=options.model_revision,
@@ -114,6 +126,7 @@ def main(argv: list[str]) -> GISPPruner:
         args=args,
         train_dataset=calibration.dataset,
         data_collator=calibration.collator,
+        compute_loss_func=calibration.loss if answers else None,  # else the model's own, which needs less memory
         processing_class=tokenizer,
         callbacks=[pruner],
     )

@@ -26,6 +26,11 @@ def folder(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     rows = [{"text": " ".join(f"w{i}" for i in torch.randint(4, 64, (40,)).tolist())} for _ in range(20)]
     (folder / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [
+        {"prompt": f"w{4 + i} w{5 + i}", "correct": [f" w{6 + i}"], "incorrect": [f" w{9 + i} w5", f" w{20 + i}"]}
+        for i in range(24)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
     return folder
 
 
@@ -53,6 +58,14 @@ def command_line(values: dict) -> list[str]:
     return words
 
 
+def launch_on_two(values: dict) -> None:
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    command += ["--config_file", "recipes/accelerate/cpu.yaml", "recipes/prune.py", *command_line(values)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
 def test_command_line_and_yaml_do_the_same(folder) -> None:
     first = prune.main(command_line(options(folder, "by-words")))
     assert first.calibration["tokens"] == 256 and first.trajectory.base.id == str(folder / "model")
@@ -66,15 +79,26 @@ def test_command_line_and_yaml_do_the_same(folder) -> None:
 
 
 def test_accelerate_launch_on_two_processes_gives_the_same(folder) -> None:
-    values = options(folder, "launched") | {"per_device_train_batch_size": 4}
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
-    command += ["--config_file", "recipes/accelerate/cpu.yaml", "recipes/prune.py", *command_line(values)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    launch_on_two(options(folder, "launched") | {"per_device_train_batch_size": 4})
     single = prune.main(command_line(options(folder, "single")))
     found = Trajectory.load(folder / "launched" / "levels")
     assert all(torch.equal(a, b) for a, b in zip(found.ranks, single.trajectory.ranks))
+
+
+def test_questions_are_all_seen_in_each_step_however_they_are_cut(folder) -> None:
+    task = {"data": str(folder / "questions.jsonl"), "objective": "margin", "num_blocks": 15}  # all 24
+    at_once = prune.main(command_line(options(folder, "at-once") | task | {"per_device_train_batch_size": 24}))
+    assert (at_once.calibration["objective"], at_once.calibration["items"]) == ("margin", 24)
+    pieces = prune.main(command_line(options(folder, "pieces") | task | {"per_device_train_batch_size": 5}))
+    assert all(torch.equal(a, b) for a, b in zip(at_once.trajectory.ranks, pieces.trajectory.ranks))
+
+    values = options(folder, "task-launched") | task | {"per_device_train_batch_size": 4}
+    launch_on_two(values)
+    found = Trajectory.load(folder / "task-launched" / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(found.ranks, at_once.trajectory.ranks))
+
+    text = prune.main(command_line(options(folder, "not-the-task")))
+    assert any(not torch.equal(a, b) for a, b in zip(text.trajectory.ranks, at_once.trajectory.ranks))
 
 
 def test_unknown_and_missing_options_are_named(folder, capsys) -> None:
@@ -96,6 +120,19 @@ def test_model_recipes_are_valid_and_as_published(path, tmp_path) -> None:
     GISPConfig(sparsity_levels=tuple(chosen.sparsity_levels), num_steps=chosen.num_steps, schedule=chosen.schedule)
     header = path.read_text().split("model_name")[0]
     assert all(word in header for word in ("Hardware:", "Time:", "Memory:", "Command:", "estimate"))
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "objective"),
+    [("llama-2-7b/prune_cmqa", "cmqa", "margin"), ("deepseek-r1-distill-llama-8b/prune_gsm8k", "gsm8k", "completion")],
+)
+def test_task_recipes_are_valid_and_have_the_published_budget(path, data, objective, tmp_path) -> None:
+    file = ROOT / "recipes" / f"{path}.yaml"
+    chosen, _ = prune.parse([str(file), "--output_dir", str(tmp_path), "--use_cpu"])
+    assert (chosen.data, chosen.objective, chosen.num_steps) == (data, objective, 112)
+    assert chosen.num_blocks * chosen.block_length == 512_000
+    header = file.read_text().split("model_name")[0]
+    assert all(word in header for word in ("Hardware:", "Time:", "Memory:", "Command:", "estimate", f"{path}.yaml"))
 
 
 def test_there_is_a_recipe_for_each_published_model() -> None:
