@@ -2,8 +2,7 @@
 
     python -m recipes.prune_multiple_choice
 
-Hardware: two CPU cores or a GPU. Time: 16 minutes on the cores with --tokens 2560 --batches 1; the defaults, which read
-more tokens, have not been timed.
+Hardware: two CPU cores or a GPU. Time: about an hour on the cores.
 Writes to runs/multiple_choice: results.json, results.md, accuracy.png and calibration.jsonl (the questions).
 
 The task: given the beginning of a Wikipedia passage, tell how it goes on from three continuations taken from other
@@ -260,14 +259,17 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, chance: floa
         )
     axes.axhline(chance, color="#666666", linestyle=":", label=f"chance ({chance:.0%})")
     axes.set(
-        xlabel="sparsity (decoder-layer parameters removed)", ylabel="multiple-choice accuracy", xlim=(-0.01, None)
+        xlabel="sparsity (decoder-layer parameters removed)",
+        ylabel="multiple-choice accuracy",
+        xlim=(-0.01, None),
+        ylim=(0, None),
     )
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.legend(framealpha=1, edgecolor="white")
+    axes.legend(loc="lower left", framealpha=1, edgecolor="white")  # below the line of chance
     figure.savefig(path)
 
 
