@@ -146,7 +146,8 @@ def load_calibration(
             ``"margin"``. ``None`` takes what the data set is for.
         tokens: budget. Blocks use it to the last token. Questions are never cut: they are drawn until the next one
             would pass it, always from the data set that has given the fewest tokens, so a mixture shares it equally and
-            a small set's unused share goes to the others. ``None`` takes all there is.
+            a small set's unused share goes to the others. ``None`` takes all there is. The margin needs several times
+            what language modelling does (measured: recipes/results/multiple_choice).
         block_size: tokens in a block, or the most in one sequence. A longer question loses the left end of its prompt,
             never a token of the answer. ``None``: 256 for language modelling (paper), 512 for answers.
         seed: fixes the order in which rows are drawn.
