@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -20,6 +19,7 @@ from gisp_hf.chunked import ChunkedLoss
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
 from gisp_hf.engine import Engine, NonFiniteGradientError
+from gisp_hf.evaluation import evaluation_mode
 from gisp_hf.hub import PushError, PushReport, write_metrics
 from gisp_hf.level_evaluation import measure
 from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
@@ -417,11 +417,9 @@ class GISPPruner(TrainerCallback):
     def _evaluate_level(self, level: float, model: PreTrainedModel, state: TrainerState, *, tokenizer: Any) -> None:
         if self.evaluate is None:
             return
-        training = model.training
-        model.eval()
         if self._chunked is not None:
             self._chunked.detach()
-        with torch.no_grad():
+        with evaluation_mode(model):
             self.level_metrics[level] = (
                 dict(self.evaluate(model))
                 if callable(self.evaluate)
@@ -429,7 +427,6 @@ class GISPPruner(TrainerCallback):
             )
         if self._chunked is not None:
             self._chunked = ChunkedLoss(model, self._chunked.size)
-        model.train(training)
         state.log_history.append({"level": level, **self.level_metrics[level], "step": state.global_step + 1})
         if state.is_world_process_zero:
             write_metrics(self._level_folder(level), self.level_metrics[level])

@@ -283,7 +283,6 @@ def _parser() -> argparse.ArgumentParser:
         "--tag", metavar="NAME", help="tag the result: v1 for main, v1-sparsity-0.20 ... for levels (default: no tag)"
     )
     push.add_argument("--license", metavar="ID", help=license_help.format(where="on the Hub"))
-
     push.add_argument("--new-cards", action="store_true", help=new_cards_help)
 
     evaluation = _command(

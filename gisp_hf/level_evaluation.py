@@ -1,11 +1,12 @@
 """What all levels of a run are worth: the same measurements on each, kept beside the level."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,6 +14,7 @@ from gisp_hf.accuracy import exact_match, multiple_choice_accuracy
 from gisp_hf.evaluation import perplexity
 from gisp_hf.harness import evaluate_suite
 from gisp_hf.hub import LevelInfo, read_levels, write_metrics
+from gisp_hf.tasks import SOURCES, open_source
 
 WIKITEXT2 = "wikitext2"
 
@@ -61,17 +63,18 @@ def evaluate_levels(
         levels,
         source=repo_or_folder,
         folder=folder if folder.is_dir() else None,
-        work={
-            "passage": passage,
-            "windows": windows,
-            "choices": choices,
-            "records": records,
-            "tasks": tasks,
-            "include_path": include_path,
-            "limit": limit,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-        },
+        measure_one=partial(
+            measure,
+            passage=passage,
+            windows=windows,
+            choices=choices,
+            records=records,
+            tasks=tasks,
+            include_path=include_path,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        ),
         dtype=dtype,
     )
 
@@ -81,16 +84,16 @@ def _measure_each(
     *,
     source: str,
     folder: Path | None,
-    work: Mapping[str, Any],
+    measure_one: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, float]],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[LevelInfo, dict[str, float]]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     for level in levels:
         where: dict[str, Any] = {"revision": level.name} if folder is None else {}
         path = source if folder is None else str(folder / level.name)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map=device, **where)
         tokenizer = AutoTokenizer.from_pretrained(path, **where)
-        metrics = measure(model, tokenizer, **work)
+        metrics = measure_one(model, tokenizer)
         if folder is not None:
             write_metrics(folder / level.name, metrics)
         yield level, metrics
@@ -128,8 +131,7 @@ def measure(
 
 def _read_text(name: str) -> str:
     if name == WIKITEXT2:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-        return "\n\n".join(rows["text"])
+        return "\n\n".join(row["text"] for row in open_source(replace(SOURCES[WIKITEXT2], split="test")))
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no text file {name}; give one, or {WIKITEXT2}")

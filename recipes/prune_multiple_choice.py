@@ -35,6 +35,7 @@ from gisp_hf.accuracy import multiple_choice_accuracy
 from gisp_hf.calibration import load_calibration
 from gisp_hf.evaluation import perplexity
 from gisp_hf.report import COLOURS, MARKERS, format_table
+from gisp_hf.selection import removed_mask
 from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 
@@ -227,11 +228,11 @@ def removed_alike(trajectories: Sequence[Trajectory], level: float) -> float | N
     """
     removed = []
     for trajectory in trajectories:
-        masks = []
-        for block, kept in zip(trajectory.layout.blocks, trajectory.kept(level)):
-            mask = torch.ones(block.size, dtype=torch.bool)
-            mask[kept] = False
-            masks.append(mask)
+        length, multiple = trajectory.prefix(level), trajectory.config.channel_multiple
+        masks = [
+            removed_mask(block, ranks, length=length, channel_multiple=multiple)
+            for block, ranks in zip(trajectory.layout.blocks, trajectory.ranks)
+        ]
         removed.append(torch.cat(masks))
     shares = [2 * int((a & b).sum()) / int(a.sum() + b.sum()) for a, b in combinations(removed, 2)]
     return statistics.fmean(shares) if shares else None

@@ -11,10 +11,11 @@ ending in "#### number". Writes to --output-dir: sparsity-0.20 ... (checkpoints)
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +27,7 @@ from gisp_hf import GISPConfig
 from gisp_hf.accuracy import exact_match
 from gisp_hf.calibration import Calibration, load_calibration
 from gisp_hf.report import format_table
-from gisp_hf.tasks import SOURCES
+from gisp_hf.tasks import SOURCES, open_source
 from recipes.calibrated_run import prune
 
 COLUMNS = {
@@ -46,8 +47,8 @@ def load_records(name: str, *, count: int | None = None) -> list[dict[str, str]]
     """
     if name == "gsm8k":
         source = SOURCES["gsm8k"]
-        rows = datasets.load_dataset(source.hub_id, source.config, split="test")
-        candidates = [source.read(row)[0] for row in rows.select(range(min(count or len(rows), len(rows))))]
+        rows = islice(open_source(replace(source, split="test")), count)
+        candidates = [source.read(row)[0] for row in rows]
         return [{"prompt": candidate.prompt, "completion": candidate.completion} for candidate in candidates]
     lines = Path(name).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines if line.strip()][:count]
