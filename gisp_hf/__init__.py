@@ -5,10 +5,10 @@ Importing the package also teaches ``AutoModelForCausalLM.from_pretrained`` the 
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gisp_hf.architectures import FAMILIES
-from gisp_hf.callback import GISPPruner
 from gisp_hf.config import GISPConfig
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.models import FAMILIES
+from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.training.callback import GISPPruner
 from gisp_hf.version import __version__
 
 __all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__"]

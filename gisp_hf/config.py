@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gisp_hf.schedule import SCHEDULES, Schedule
+from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
 Normalization = Literal["params", "reference", "none"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("params", "reference", "none")

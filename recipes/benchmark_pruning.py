@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf import GISPConfig, GISPPruner, Trajectory, callback, chunked, engine
-from gisp_hf.architectures import discover
-from gisp_hf.report import format_table
-from gisp_hf.scoring import normalizer, score_slices
-from gisp_hf.selection import floors, parameter_budget, select
-from gisp_hf.surgery import zero_structures
+from gisp_hf import GISPConfig, GISPPruner, Trajectory
+from gisp_hf.criteria.taylor import normalizer, score_slices
+from gisp_hf.losses import chunked
+from gisp_hf.models import discover
+from gisp_hf.models.surgery import zero_structures
+from gisp_hf.pruning import engine
+from gisp_hf.pruning.selection import floors, parameter_budget, select
+from gisp_hf.report.plots import format_table
+from gisp_hf.training import callback
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

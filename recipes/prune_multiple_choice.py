@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, Trajectory
-from gisp_hf.accuracy import multiple_choice_accuracy
-from gisp_hf.calibration import load_calibration
-from gisp_hf.evaluation import perplexity
-from gisp_hf.report import COLOURS, MARKERS, format_table
-from gisp_hf.selection import removed_mask
+from gisp_hf.data.calibration import load_calibration
+from gisp_hf.evaluation.choices import multiple_choice_accuracy
+from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.pruning.selection import removed_mask
+from gisp_hf.report.plots import COLOURS, MARKERS, format_table
 from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 
@@ -243,7 +243,7 @@ def plot_accuracy(rows: Sequence[Mapping[str, Any]], path: Path, *, chance: floa
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")  # 1200 x 700 pixels, as gisp_hf.report
+    figure = Figure(figsize=(8, 14 / 3), dpi=150, layout="constrained")  # 1200 x 700 pixels, as gisp_hf.report.plots
     axes = figure.add_subplot()
     dense = rows[0]
     for i, (objective, label) in enumerate(OBJECTIVES.items()):

@@ -89,12 +89,12 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     """The engine on a model sharded by fully_shard; Accelerate itself does not shard on a CPU."""
     from torch.distributed.fsdp import fully_shard
 
-    from gisp_hf.architectures import discover
-    from gisp_hf.checkpoint import save_level
-    from gisp_hf.distributed import check_agreement, model_fingerprint
-    from gisp_hf.engine import Engine
-    from gisp_hf.fingerprint import fingerprint
-    from gisp_hf.trajectory import Base, Trajectory
+    from gisp_hf.levels.save import save_level
+    from gisp_hf.models import discover
+    from gisp_hf.models.fingerprint import fingerprint
+    from gisp_hf.models.shards import check_agreement, model_fingerprint
+    from gisp_hf.pruning.engine import Engine
+    from gisp_hf.pruning.trajectory import Base, Trajectory
     from tests.tiny import tiny_blocks, tiny_tokenizer
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gisp_hf.accuracy import (
+from gisp_hf.evaluation.choices import (
     CHOICE_ACCURACY,
     FINAL_NUMBER,
     continuation_log_likelihoods,
@@ -165,7 +165,8 @@ def test_answers_end_at_the_stop_string_and_ignore_sampling_settings() -> None:
 def test_exact_match_counts_the_generated_number(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"a": " 3 + 4 = 7\n#### 7", "b": " so it is $1,200.", "c": " #### 5 or 6", "d": " no idea"}
     monkeypatch.setattr(
-        "gisp_hf.accuracy.generate_answers", lambda model, tokenizer, prompts, **_: [answers[p] for p in prompts]
+        "gisp_hf.evaluation.choices.generate_answers",
+        lambda model, tokenizer, prompts, **_: [answers[p] for p in prompts],
     )
     wanted = {"a": "3 and 4 make 7\n#### 7", "b": "1200", "c": "x\n#### 6", "d": "#### 1"}
     records = [{"prompt": key, "completion": wanted[key]} for key in answers]

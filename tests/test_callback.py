@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gisp_hf import GISPPruner, Trajectory
-from gisp_hf.architectures import discover
-from gisp_hf.preparation import check_arguments, check_model
+from gisp_hf.models import discover
+from gisp_hf.training.mode import check_arguments, check_model
 from tests.runs import LEVELS, make_trainer, prune, tiny_config
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
@@ -405,7 +405,7 @@ from pathlib import Path
 import safetensors.torch
 from tests.runs import prune
 from tests.tiny import tiny_model
-import gisp_hf.checkpoint as checkpoint
+import gisp_hf.levels.save as checkpoint
 
 folder, moment = Path(sys.argv[1]), int(sys.argv[2])
 write, calls = checkpoint.save_file, []

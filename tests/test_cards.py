@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from transformers import AutoModelForCausalLM
 
-from gisp_hf import Trajectory, cards
-from gisp_hf.cards import check_card, level_card, main_card
-from gisp_hf.hub import LevelInfo, read_levels
-from gisp_hf.materialize import materialize
-from gisp_hf.trajectory import Base
+from gisp_hf import Trajectory
+from gisp_hf.hub import LevelInfo, cards, read_levels
+from gisp_hf.hub.cards import check_card, level_card, main_card
+from gisp_hf.levels.materialize import materialize
+from gisp_hf.pruning.trajectory import Base
 from tests.test_materialize import random_trajectory, save_base
 from tests.tiny import tiny_model
 

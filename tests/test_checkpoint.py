@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import gisp_hf  # noqa: F401  teaches AutoModelForCausalLM the pruned classes
-from gisp_hf.checkpoint import save_level
+from gisp_hf.levels.save import save_level
 from tests.runs import prune, tiny_config
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model, tiny_tokenizer
 
@@ -235,7 +235,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path) -> None:
 
 
 def test_configs_check_themselves() -> None:
-    from gisp_hf.modeling_gisp import GispLlamaConfig
+    from gisp_hf.models.modeling_gisp import GispLlamaConfig
 
     good = {
         "hidden_size": 32,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gisp_hf import GISPPruner
-from gisp_hf.chunked import ChunkedLoss
+from gisp_hf.losses.chunked import ChunkedLoss
 from tests.runs import make_trainer, prune, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
 

@@ -15,12 +15,13 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForCausalLM
 
-from gisp_hf import Trajectory, cli
-from gisp_hf.cards import level_card, main_card
-from gisp_hf.cli import main
+from gisp_hf import Trajectory
+from gisp_hf.cli import main as cli
+from gisp_hf.cli.main import main
 from gisp_hf.hub import LevelInfo, read_levels
-from gisp_hf.materialize import load_level, materialize
-from gisp_hf.trajectory import Base
+from gisp_hf.hub.cards import level_card, main_card
+from gisp_hf.levels.materialize import load_level, materialize
+from gisp_hf.pruning.trajectory import Base
 from tests.hub_server import HubServer
 from tests.test_materialize import random_trajectory, save_base, upload
 from tests.tiny import tiny_model
@@ -295,12 +296,12 @@ def test_what_is_unexpected_keeps_its_traceback(run: Path, monkeypatch: pytest.M
         main(["levels", str(run)])
 
 
-@pytest.mark.filterwarnings("ignore:'gisp_hf.cli' found in sys.modules:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:'gisp_hf.cli.main' found in sys.modules:RuntimeWarning")
 def test_the_module_can_be_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["cli.py", "levels", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_module("gisp_hf.cli", run_name="__main__")
+        runpy.run_module("gisp_hf.cli.main", run_name="__main__")
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"gisp-hf: error: {tmp_path} holds no level")

@@ -1,7 +1,7 @@
 import pytest
 
 from gisp_hf.config import GISPConfig, level_name, protected_layers
-from gisp_hf.schedule import target_sparsity, targets_of_step
+from gisp_hf.pruning.schedule import target_sparsity, targets_of_step
 
 
 def test_defaults_are_the_documented_ones() -> None:

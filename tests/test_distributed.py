@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 import gisp_hf  # noqa: F401
 from gisp_hf import GISPPruner, Trajectory
-from gisp_hf.architectures import discover
-from gisp_hf.distributed import check_agreement
-from gisp_hf.engine import Engine
+from gisp_hf.models import discover
+from gisp_hf.models.shards import check_agreement
+from gisp_hf.pruning.engine import Engine
 from tests.runs import LEVELS, prune, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
 

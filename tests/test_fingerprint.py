@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from gisp_hf import fingerprint as module
-from gisp_hf.fingerprint import fingerprint, tensor_checksum
+from gisp_hf.models import fingerprint as module
+from gisp_hf.models.fingerprint import fingerprint, tensor_checksum
 from tests.tiny import tiny_model
 
 

@@ -1,4 +1,4 @@
-"""The bridge to lm-eval: on a local task it must count exactly what `gisp_hf.accuracy` counts."""
+"""The bridge to lm-eval: on a local task it must count exactly what `gisp_hf.evaluation.choices` counts."""
 
 import json
 import random
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gisp_hf.accuracy import multiple_choice_accuracy
-from gisp_hf.harness import evaluate_suite
+from gisp_hf.evaluation.choices import multiple_choice_accuracy
+from gisp_hf.evaluation.suites import evaluate_suite
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TASK = """\

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gisp_hf import GISPPruner
-from gisp_hf.architectures import discover
-from gisp_hf.engine import Engine
+from gisp_hf.models import discover
+from gisp_hf.pruning.engine import Engine
 from tests.runs import make_trainer, prune, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
 

@@ -13,11 +13,11 @@ from safetensors.torch import load, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
-from gisp_hf.architectures import discover
 from gisp_hf.config import level_name
-from gisp_hf.fingerprint import fingerprint
-from gisp_hf.materialize import load_level, load_trajectory, materialize
-from gisp_hf.trajectory import Base
+from gisp_hf.levels.materialize import load_level, load_trajectory, materialize
+from gisp_hf.models import discover
+from gisp_hf.models.fingerprint import fingerprint
+from gisp_hf.pruning.trajectory import Base
 from tests.hub_server import HubServer
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model, tiny_tokenizer
 
@@ -411,7 +411,7 @@ import sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM
 from gisp_hf import Trajectory
-from gisp_hf.materialize import load_level
+from gisp_hf.levels.materialize import load_level
 
 way, run, base, small_run = sys.argv[1:]
 load_level(small_run, sparsity=0.3)  # every import and every lazy table is there before measuring

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf.calibration import CandidateCollator
-from gisp_hf.objectives import (
+from gisp_hf.data.calibration import CandidateCollator
+from gisp_hf.losses.objectives import (
     completion_losses,
     decode_weights,
     encode_weight,

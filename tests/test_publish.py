@@ -10,7 +10,7 @@ import pytest
 
 from gisp_hf import GISPPruner
 from gisp_hf.hub import PushError, read_levels
-from gisp_hf.publish import Publisher
+from gisp_hf.hub.publish import Publisher
 from tests.hub_server import HubServer
 from tests.runs import LEVELS, make_trainer, tiny_config
 from tests.tiny import tiny_model
@@ -80,7 +80,7 @@ def test_a_run_leaves_all_levels_and_a_card_on_the_hub(tmp_path) -> None:
         # another push of the finished folder changes nothing
         hub.requests.clear()
         again = python(
-            "import sys; from gisp_hf.cli import main; sys.exit(main(sys.argv[1:]))",
+            "import sys; from gisp_hf.cli.main import main; sys.exit(main(sys.argv[1:]))",
             *("push", str(tmp_path / "levels"), "--repo", "me/tiny-gisp"),
             hub=hub,
             home=tmp_path / "home",
@@ -121,7 +121,7 @@ def read_levels_of(hub: HubServer, folder: Path):
 
 def test_a_wrong_token_is_refused_before_anything_is_computed(tmp_path, monkeypatch) -> None:
     with HubServer(tokens={"hf_owner": "me"}) as hub:
-        import gisp_hf.publish as publish
+        import gisp_hf.hub.publish as publish
 
         real = publish.LevelUploader
         monkeypatch.setattr(publish, "LevelUploader", lambda *a, **k: real(*a, **k, endpoint=hub.url))
@@ -145,7 +145,7 @@ def test_a_local_base_is_pushed_under_its_name_without_its_path(tmp_path) -> Non
 
 
 def test_a_failed_push_never_loses_the_levels(tmp_path, monkeypatch) -> None:
-    import gisp_hf.publish as publish
+    import gisp_hf.hub.publish as publish
 
     with HubServer(tokens={"hf_owner": "me"}) as hub:
         real = publish.LevelUploader

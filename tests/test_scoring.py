@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from gisp_hf.architectures import discover
 from gisp_hf.config import GISPConfig
-from gisp_hf.engine import Engine
-from gisp_hf.scoring import normalizer, score_slices
+from gisp_hf.criteria.taylor import normalizer, score_slices
+from gisp_hf.models import discover
+from gisp_hf.pruning.engine import Engine
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
 CONFIG = GISPConfig(protect_first=0, protect_last=0)

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from gisp_hf.architectures import discover
 from gisp_hf.config import GISPConfig
-from gisp_hf.selection import (
+from gisp_hf.models import discover
+from gisp_hf.models.layout import Block, Layout
+from gisp_hf.pruning.selection import (
     check_reachable,
     floors,
     highest_sparsity,
@@ -13,7 +14,6 @@ from gisp_hf.selection import (
     removed_parameters,
     select,
 )
-from gisp_hf.structures import Block, Layout
 from tests.tiny import FAMILIES, tiny_model
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from gisp_hf.architectures import discover
-from gisp_hf.surgery import as_pruned_model, pruned_shell, slice_structures, zero_structures
+from gisp_hf.models import discover
+from gisp_hf.models.surgery import as_pruned_model, pruned_shell, slice_structures, zero_structures
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
 

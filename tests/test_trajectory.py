@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gisp_hf import Trajectory
-from gisp_hf.trajectory import FACTS_FILE, RANKS_FILE
+from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE
 from tests.runs import LEVELS, prune
 from tests.tiny import tiny_model
 

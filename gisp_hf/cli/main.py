@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 import torch
 from huggingface_hub import hf_hub_download
 
-from gisp_hf.cards import level_card, main_card
 from gisp_hf.config import level_name
+from gisp_hf.evaluation.levels import evaluate_levels
 from gisp_hf.hub import LevelInfo, PushError, push_levels, read_levels
-from gisp_hf.level_evaluation import evaluate_levels
-from gisp_hf.materialize import materialize
-from gisp_hf.report import format_table
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.hub.cards import level_card, main_card
+from gisp_hf.levels.materialize import materialize
+from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.report.plots import format_table
 from gisp_hf.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

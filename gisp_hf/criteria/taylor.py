@@ -2,7 +2,7 @@
 
 import torch
 
-from gisp_hf.structures import Block
+from gisp_hf.models.layout import Block
 
 
 def score_slices(

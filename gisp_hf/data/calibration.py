@@ -26,8 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gisp_hf.objectives import IGNORE_INDEX, encode_weight, language_modeling_loss, margin_loss
-from gisp_hf.tasks import (
+from gisp_hf.data.sources import (
     Candidate,
     Messages,
     Objective,
@@ -40,6 +39,7 @@ from gisp_hf.tasks import (
     permutation,
     shuffled_rows,
 )
+from gisp_hf.losses.objectives import IGNORE_INDEX, encode_weight, language_modeling_loss, margin_loss
 
 # arXiv 2510.18030: 2,000 sequences of 256 tokens; and the same number of tokens for the answer sets.
 DEFAULT_TOKENS = 512_000
@@ -90,7 +90,7 @@ class Calibration:
     Attributes:
         dataset: ``input_ids`` and ``labels``. Language modelling: blocks of exactly ``block_size`` tokens. Completion:
             one sequence an item, at most ``block_size`` long. Margin: one question an item, a list of sequences each
-            (layout: `gisp_hf.objectives.margin_loss`), so that a step never sees half a question.
+            (layout: `gisp_hf.losses.objectives.margin_loss`), so that a step never sees half a question.
         collator: ``data_collator`` for the dataset.
         loss: ``compute_loss_func`` for the dataset.
         provenance: JSON-ready record: ``name``, ``objective``, ``seed``, ``block_size``, ``tokens`` (padding not
@@ -139,8 +139,8 @@ def load_calibration(
     """Draw a calibration set.
 
     Args:
-        name: a data set of `gisp_hf.tasks.SOURCES`; ``"cmqa"``, the seven decision tasks under one budget; or the path
-            of a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file (columns: `gisp_hf.tasks.find_sources`).
+        name: a data set of `gisp_hf.data.sources.SOURCES`; ``"cmqa"``, the seven decision tasks under one budget; or
+            the path of a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file (columns: `find_sources`).
         tokenizer: needs a pad token; documents are separated by its end-of-text token, if it has one.
         objective: ``"language_modeling"`` (packed blocks), ``"completion"`` (loss on the right answers only) or
             ``"margin"``. ``None`` takes what the data set is for.

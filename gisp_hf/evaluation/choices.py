@@ -2,7 +2,7 @@
 
 Both ask the model zero-shot and count as the field does (lm-eval 0.4), so that numbers compare with published ones. The
 counting is done by two modules of `evaluate`, which load without a network: ``evaluate.load(CHOICE_ACCURACY)`` and
-``evaluate.load(FINAL_NUMBER)``. Standard suites, few-shot prompts and other metrics: `gisp_hf.harness`.
+``evaluate.load(FINAL_NUMBER)``. Standard suites, few-shot prompts and other metrics: `gisp_hf.evaluation.suites`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from gisp_hf.evaluation import evaluation_mode
+from gisp_hf.evaluation.perplexity import evaluation_mode
 
 CHOICE_ACCURACY = str(Path(__file__).with_name("metrics") / "choice_accuracy")
 FINAL_NUMBER = str(Path(__file__).with_name("metrics") / "final_number")

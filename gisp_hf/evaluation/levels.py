@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.accuracy import exact_match, multiple_choice_accuracy
-from gisp_hf.evaluation import perplexity
-from gisp_hf.harness import evaluate_suite
+from gisp_hf.data.sources import SOURCES, open_source
+from gisp_hf.evaluation.choices import exact_match, multiple_choice_accuracy
+from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.evaluation.suites import evaluate_suite
 from gisp_hf.hub import LevelInfo, read_levels, write_metrics
-from gisp_hf.tasks import SOURCES, open_source
 
 WIKITEXT2 = "wikitext2"
 

@@ -7,7 +7,7 @@ committed again: another push of the same folder finishes one that was cut off, 
 """
 
 from gisp_hf.hub.failures import PushError
-from gisp_hf.hub.levels import LevelInfo, read_levels, write_metrics
 from gisp_hf.hub.push import LevelUploader, PushReport, push_levels
+from gisp_hf.levels.info import LevelInfo, read_levels, write_metrics
 
 __all__ = ["LevelInfo", "LevelUploader", "PushError", "PushReport", "push_levels", "read_levels", "write_metrics"]

@@ -19,7 +19,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
 from gisp_hf.hub import LevelInfo
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.pruning.trajectory import Trajectory
 
 Metrics = Mapping[float, Sequence[EvalResult]]  # sparsity of a level (0.0: the unpruned model) -> what was measured
 
@@ -260,7 +260,7 @@ def _read_template(name: str) -> str:
     if installed.is_file():
         return installed.read_text(encoding="utf-8")
     # In a checkout, and in an editable install of one, the folder is beside the package and not in it.
-    return (Path(__file__).resolve().parents[1] / "model_cards" / name).read_text(encoding="utf-8")
+    return (Path(__file__).resolve().parents[2] / "model_cards" / name).read_text(encoding="utf-8")
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gisp_hf.cards import level_card, main_card
 from gisp_hf.config import level_name
 from gisp_hf.hub import LevelInfo, LevelUploader, PushReport, read_levels
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.hub.cards import level_card, main_card
+from gisp_hf.pruning.trajectory import Trajectory
 
 CARD_FILE = "README.md"
 

@@ -22,9 +22,9 @@ from huggingface_hub.utils import disable_progress_bars
 
 from gisp_hf.config import level_name
 from gisp_hf.hub.failures import PushError
-from gisp_hf.hub.levels import LEVELS_FILE, METRICS_FILE, LevelInfo, check_metrics, levels_json, read_levels
 from gisp_hf.hub.repository import START_BRANCH, Content, Files, Repository, is_not_attributes
-from gisp_hf.trajectory import FACTS_FILE, RANKS_FILE
+from gisp_hf.levels.info import LEVELS_FILE, METRICS_FILE, LevelInfo, check_metrics, levels_json, read_levels
+from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE
 
 MAIN = "main"
 CARD_FILE = "README.md"

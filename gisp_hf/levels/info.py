@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from gisp_hf.config import level_name
 from gisp_hf.hub.failures import checked_token
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.version import __version__
 
 LEVELS_FILE = "levels.json"

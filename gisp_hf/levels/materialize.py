@@ -26,11 +26,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from gisp_hf.architectures import discover
-from gisp_hf.checkpoint import save_level
-from gisp_hf.fingerprint import combine_checksums, tensor_checksum
-from gisp_hf.surgery import pruned_shell, slice_tensor
-from gisp_hf.trajectory import FACTS_FILE, RANKS_FILE, Trajectory
+from gisp_hf.levels.save import save_level
+from gisp_hf.models import discover
+from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
+from gisp_hf.models.surgery import pruned_shell, slice_tensor
+from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE, Trajectory
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

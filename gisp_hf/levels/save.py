@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from gisp_hf.distributed import whole
-from gisp_hf.structures import Layout, Member
-from gisp_hf.surgery import pruned_shell, slice_tensor
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.models.layout import Layout, Member
+from gisp_hf.models.shards import whole
+from gisp_hf.models.surgery import pruned_shell, slice_tensor
+from gisp_hf.pruning.trajectory import Trajectory
 
 TEMPORARY = ".tmp"  # ends the name of a folder that is still being written
 

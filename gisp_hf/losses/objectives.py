@@ -142,7 +142,7 @@ def decode_weights(labels: torch.Tensor) -> torch.Tensor:
         row = int(bare[0])
         raise ValueError(
             f"labels[{row}, 0] is {int(codes[row])}, which is no candidate weight: the margin needs the labels of "
-            "gisp_hf.calibration (objective 'margin') or of encode_weight. For other labels use language_modeling_loss."
+            "load_calibration (objective 'margin') or of encode_weight. For other labels use language_modeling_loss."
         )
     return codes.sign() / counts
 

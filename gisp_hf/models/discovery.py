@@ -3,8 +3,8 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from gisp_hf.architectures.table import FAMILIES, Family
-from gisp_hf.structures import Block, Layout, Member
+from gisp_hf.models.families import FAMILIES, Family
+from gisp_hf.models.layout import Block, Layout, Member
 
 
 def family_of(model: PreTrainedModel) -> Family:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gisp_hf import modeling_gisp as gisp
+from gisp_hf.models import modeling_gisp as gisp
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from gisp_hf.fingerprint import combine_checksums, tensor_checksum
+from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 
 
 class DivergenceError(RuntimeError):

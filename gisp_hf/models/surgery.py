@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from gisp_hf.architectures import Family, family_of
-from gisp_hf.distributed import local_rows
-from gisp_hf.structures import Block, Layout
+from gisp_hf.models.discovery import family_of
+from gisp_hf.models.families import Family
+from gisp_hf.models.layout import Block, Layout
+from gisp_hf.models.shards import local_rows
 
 
 def rows_of(structures: torch.Tensor, width: int) -> torch.Tensor:

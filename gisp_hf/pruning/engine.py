@@ -8,9 +8,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from gisp_hf.config import GISPConfig
-from gisp_hf.distributed import add_over_shards, local_rows, shard_group
-from gisp_hf.scoring import normalizer, score_slices
-from gisp_hf.selection import (
+from gisp_hf.criteria.taylor import normalizer, score_slices
+from gisp_hf.models.layout import Block, Layout, Member
+from gisp_hf.models.shards import add_over_shards, local_rows, shard_group
+from gisp_hf.models.surgery import slice_structures, zero_structures
+from gisp_hf.pruning.selection import (
     check_reachable,
     floors,
     parameter_budget,
@@ -18,8 +20,6 @@ from gisp_hf.selection import (
     removed_parameters,
     select,
 )
-from gisp_hf.structures import Block, Layout, Member
-from gisp_hf.surgery import slice_structures, zero_structures
 
 
 class NonFiniteGradientError(FloatingPointError):

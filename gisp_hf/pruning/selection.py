@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from gisp_hf.config import GISPConfig, protected_layers
-from gisp_hf.structures import Block, Layout
+from gisp_hf.models.layout import Block, Layout
 
 
 def floors(layout: Layout, config: GISPConfig) -> list[int]:

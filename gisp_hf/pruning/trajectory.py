@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from gisp_hf.architectures import discover
 from gisp_hf.config import GISPConfig
-from gisp_hf.fingerprint import fingerprint
-from gisp_hf.selection import parameter_budget, removed_mask, removed_parameters
-from gisp_hf.structures import Block, Layout, Member
-from gisp_hf.surgery import as_pruned_model, slice_structures
+from gisp_hf.models import discover
+from gisp_hf.models.fingerprint import fingerprint
+from gisp_hf.models.layout import Block, Layout, Member
+from gisp_hf.models.surgery import as_pruned_model, slice_structures
+from gisp_hf.pruning.selection import parameter_budget, removed_mask, removed_parameters
 
 RANKS_FILE = "trajectory.safetensors"
 FACTS_FILE = "trajectory.json"

@@ -13,21 +13,21 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import CallbackHandler
 from transformers.training_args import ParallelMode
 
-from gisp_hf.architectures import discover
-from gisp_hf.checkpoint import check_output_folder, save_level
-from gisp_hf.chunked import ChunkedLoss
 from gisp_hf.config import GISPConfig, level_name
-from gisp_hf.distributed import check_agreement, is_sharded, model_fingerprint
-from gisp_hf.engine import Engine, NonFiniteGradientError
-from gisp_hf.evaluation import evaluation_mode
+from gisp_hf.evaluation.levels import measure
+from gisp_hf.evaluation.perplexity import evaluation_mode
 from gisp_hf.hub import PushError, PushReport, write_metrics
-from gisp_hf.level_evaluation import measure
-from gisp_hf.preparation import CalibrationMode, check_arguments, check_model, check_run_length
-from gisp_hf.publish import Publisher
-from gisp_hf.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
-from gisp_hf.schedule import targets_of_step
-from gisp_hf.surgery import as_pruned_model
-from gisp_hf.trajectory import Base, Step, Trajectory
+from gisp_hf.hub.publish import Publisher
+from gisp_hf.levels.save import check_output_folder, save_level
+from gisp_hf.losses.chunked import ChunkedLoss
+from gisp_hf.models import discover
+from gisp_hf.models.shards import check_agreement, is_sharded, model_fingerprint
+from gisp_hf.models.surgery import as_pruned_model
+from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
+from gisp_hf.pruning.schedule import targets_of_step
+from gisp_hf.pruning.trajectory import Base, Step, Trajectory
+from gisp_hf.training.mode import CalibrationMode, check_arguments, check_model, check_run_length
+from gisp_hf.training.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
 
 Evaluate = Callable[[PreTrainedModel], dict[str, float]] | Sequence[str]
 

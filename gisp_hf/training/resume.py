@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from gisp_hf.trajectory import Trajectory
+from gisp_hf.pruning.trajectory import Trajectory
 
 PROGRESS_FILE = "gisp.json"
 
