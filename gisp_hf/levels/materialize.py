@@ -6,7 +6,7 @@ before the next is read. The same single pass makes sure that these are the weig
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from gisp_hf.levels.save import save_level
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
-from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE, Trajectory
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
-Cut = tuple[int, torch.Tensor, int]  # of one parameter: the dimension, the structures that stay, rows of a structure
+Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
 
 
 def load_trajectory(
@@ -57,9 +57,9 @@ def load_trajectory(
         ValueError: if the repository has no such revision, or the trajectory is damaged.
     """
     files, first = _pin(_Files(repo_or_folder, revision, token, endpoint), FACTS_FILE)
-    if first is None or files.fetch(RANKS_FILE) is None:
+    if first is None or files.fetch(ORDER_FILE) is None:
         raise FileNotFoundError(
-            f"{repo_or_folder} holds no {FACTS_FILE} and {RANKS_FILE}; give the output folder of a pruning run, or a "
+            f"{repo_or_folder} holds no {FACTS_FILE} and {ORDER_FILE}; give the output folder of a pruning run, or a "
             "repository that such a folder was pushed to"
         )
     return Trajectory.load(first.parent)
@@ -241,7 +241,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     reached = trajectory.sparsity_at(length, channel_multiple=multiple)
     return replace(
         trajectory,
-        ranks=tuple(torch.where(rank < length, rank, -1) for rank in trajectory.ranks),
+        order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
         steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
     )
@@ -268,20 +268,23 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: _Files) ->
     """The unpruned model without weights, once it is clear that the trajectory is about a model of this shape."""
     made_from = f"this trajectory was made from {level.base.id}"
     wanted = level.layout.architecture
-    if config.model_type != wanted:
-        pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
+    # A level can itself be pruned further: then it is the base.
+    pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
+    if config.model_type.removeprefix("gisp_") != wanted:
         raise ValueError(
-            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the unpruned model"
+            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the model that was "
+            "pruned"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     found = discover(dense)
-    if found != level.layout:
+    if found.identity != level.layout.identity:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
-            f"{base.label} has {found.num_layers} layers and {found.total:,} parameters. Give the unpruned model"
+            f"{base.label}{pruned} has {found.num_layers} layers and {found.total:,} parameters. Give the model that was "
+            "pruned"
         )
     return dense
 
@@ -295,12 +298,7 @@ def _read_weights(
         dense, shell: the model before and after, without weights: the shapes to be read and those to be kept.
         dtype: of the result; that of the first tensor in the files if None.
     """
-    cuts: dict[str, Cut] = {
-        member.parameter: (member.dim, keep, member.width)
-        for block, keep in zip(level.layout.blocks, level.kept_at(len(level)))
-        if len(keep) < block.size
-        for member in block.members
-    }
+    cuts = discover(dense).rows_kept(level.kept_at(len(level)))
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
@@ -375,5 +373,5 @@ def _read_one(
     if not tensor.is_floating_point():
         raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
     checksum = tensor_checksum(tensor)
-    into.copy_(tensor if cut is None else slice_tensor(tensor, *cut))
+    into.copy_(tensor if cut is None else slice_tensor(tensor, cut))
     return checksum
