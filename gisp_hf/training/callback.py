@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode
 
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.evaluation.levels import measure
-from gisp_hf.evaluation.perplexity import evaluation_mode
+from gisp_hf.evaluation.mode import evaluation_mode
 from gisp_hf.hub import PushError, PushReport, write_metrics
 from gisp_hf.hub.publish import Publisher
 from gisp_hf.levels.save import check_output_folder, save_level
