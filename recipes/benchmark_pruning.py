@@ -32,7 +32,7 @@ from gisp_hf.models import discover
 from gisp_hf.models.surgery import zero_structures
 from gisp_hf.pruning import engine
 from gisp_hf.pruning.selection import floors, parameter_budget, select
-from gisp_hf.report.plots import format_table
+from gisp_hf.report import format_table
 from gisp_hf.training import callback
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, GISPPruner
-from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data import load_calibration
 
 
 @dataclass

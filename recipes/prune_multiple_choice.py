@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, Trajectory
-from gisp_hf.data.calibration import load_calibration
-from gisp_hf.evaluation.choices import multiple_choice_accuracy
-from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.data import load_calibration
+from gisp_hf.evaluation import multiple_choice_accuracy, perplexity
 from gisp_hf.pruning.selection import removed_mask
-from gisp_hf.report.plots import COLOURS, MARKERS, format_table
+from gisp_hf.report import format_table
+from gisp_hf.report.plots import COLOURS, MARKERS
 from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 

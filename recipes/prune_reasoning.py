@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig
-from gisp_hf.data.calibration import Calibration, load_calibration
+from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.data.sources import SOURCES, open_source
-from gisp_hf.evaluation.choices import exact_match
-from gisp_hf.report.plots import format_table
+from gisp_hf.evaluation import exact_match
+from gisp_hf.report import format_table
 from recipes.calibrated_run import prune
 
 COLUMNS = {

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
-from gisp_hf.evaluation.perplexity import measure_speed, perplexity
-from gisp_hf.report.plots import format_table, plot_loss, plot_perplexity, plot_removed
+from gisp_hf.evaluation import measure_speed, perplexity
+from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, pack_blocks, split_articles
 
 BATCH_SIZE = 8  # blocks in one forward pass

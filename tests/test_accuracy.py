@@ -8,14 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gisp_hf.evaluation.choices import (
-    CHOICE_ACCURACY,
-    FINAL_NUMBER,
-    continuation_log_likelihoods,
-    exact_match,
-    generate_answers,
-    multiple_choice_accuracy,
-)
+from gisp_hf.evaluation.answers import FINAL_NUMBER, exact_match, generate_answers
+from gisp_hf.evaluation.choices import CHOICE_ACCURACY, continuation_log_likelihoods, multiple_choice_accuracy
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PAIRS = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12 w13"), ("w20 w21 w22 w23 w24", " w30 w31"), ("w5", " w5 w5 w5")]
@@ -165,7 +159,7 @@ def test_answers_end_at_the_stop_string_and_ignore_sampling_settings() -> None:
 def test_exact_match_counts_the_generated_number(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"a": " 3 + 4 = 7\n#### 7", "b": " so it is $1,200.", "c": " #### 5 or 6", "d": " no idea"}
     monkeypatch.setattr(
-        "gisp_hf.evaluation.choices.generate_answers",
+        "gisp_hf.evaluation.answers.generate_answers",
         lambda model, tokenizer, prompts, **_: [answers[p] for p in prompts],
     )
     wanted = {"a": "3 and 4 make 7\n#### 7", "b": "1200", "c": "x\n#### 6", "d": "#### 1"}

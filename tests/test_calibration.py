@@ -12,7 +12,8 @@ from datasets import Features
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf.data.calibration import CandidateCollator, LongCompletionError, encode_completion, load_calibration
+from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data.encoding import CandidateCollator, LongCompletionError, encode_completion
 from gisp_hf.data.sources import MIXTURES, SOURCES
 from gisp_hf.losses.objectives import decode_weights, language_modeling_loss, margin_loss
 from tests.test_tasks import HUB

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gisp_hf.evaluation.perplexity import Speed, measure_speed, perplexity
+from gisp_hf.evaluation import Speed, measure_speed, perplexity
 from recipes import demo_data
 from tests.tiny import VOCAB_SIZE, tiny_model, tiny_tokenizer
 

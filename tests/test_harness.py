@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from gisp_hf.evaluation.choices import multiple_choice_accuracy
-from gisp_hf.evaluation.suites import evaluate_suite
+from gisp_hf.evaluation import evaluate_suite, multiple_choice_accuracy
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TASK = """\

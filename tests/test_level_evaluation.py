@@ -6,9 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gisp_hf.cli.main import main
-from gisp_hf.evaluation.choices import multiple_choice_accuracy
-from gisp_hf.evaluation.levels import evaluate_levels
-from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.evaluation import evaluate_levels, multiple_choice_accuracy, perplexity
 from gisp_hf.hub import read_levels
 from tests.runs import prune, tiny_config
 from tests.tiny import tiny_model, tiny_tokenizer

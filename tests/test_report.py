@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed
 from gisp_hf.report import plots as report
-from gisp_hf.report.plots import format_table, plot_loss, plot_perplexity, plot_removed
 
 LEVELS = {"iterative": [(0.4, 83.5), (0.2, 34.2)], "one shot": [(0.2, 41.9), (0.4, 310.0)]}
 REMOVED = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gisp_hf import GISPConfig
-from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data import load_calibration
 from gisp_hf.pruning.trajectory import Trajectory
 from recipes import prune_multiple_choice, prune_reasoning
 from tests.tiny import tiny_model, tiny_tokenizer

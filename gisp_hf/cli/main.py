@@ -17,7 +17,7 @@ from gisp_hf.hub import LevelInfo, PushError, push_levels, read_levels
 from gisp_hf.hub.cards import level_card, main_card
 from gisp_hf.levels.materialize import materialize
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.report.plots import format_table
+from gisp_hf.report.tables import format_table
 from gisp_hf.version import __version__
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gisp_hf.data.sources import SOURCES, open_source
-from gisp_hf.evaluation.choices import exact_match, multiple_choice_accuracy
+from gisp_hf.evaluation.answers import exact_match
+from gisp_hf.evaluation.choices import multiple_choice_accuracy
 from gisp_hf.evaluation.perplexity import perplexity
 from gisp_hf.evaluation.suites import evaluate_suite
 from gisp_hf.hub import LevelInfo, read_levels, write_metrics
