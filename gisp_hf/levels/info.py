@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from gisp_hf.config import level_name
-from gisp_hf.hub.failures import checked_token
+from gisp_hf.levels.files import checked_token
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.version import __version__
 
