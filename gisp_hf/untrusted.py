@@ -41,7 +41,7 @@ def read_json(path: str | Path, *, largest: int = LARGEST_FILE) -> dict[str, Any
 
     Raises:
         FileNotFoundError: if there is no such regular file.
-        ValueError: if the file is anything else; the message begins with the name of the file.
+        ValueError: if the file is anything else. The message calls it "it": the caller names the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,16 +49,16 @@ def read_json(path: str | Path, *, largest: int = LARGEST_FILE) -> dict[str, Any
     with path.open("rb") as file:
         data = file.read(largest + 1)
     if len(data) > largest:
-        raise ValueError(f"{path.name} is larger than {largest:,} bytes")
+        raise ValueError(f"it is larger than {largest:,} bytes")
     try:
         found = json.loads(data.decode("utf-8"), parse_int=_parse_whole)
-        _check_nesting(found)
     except RecursionError:  # before the nesting could be counted
-        raise ValueError(f"{path.name} nests deeper than {DEEPEST} levels") from None
-    except ValueError as error:  # no UTF-8, no JSON
-        raise ValueError(f"{path.name} cannot be read: {error}") from error
+        raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
+    except ValueError as error:
+        raise ValueError(f"it is no JSON that can be read: {error}") from error
+    _check_nesting(found)
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} must hold an object, got {type(found).__name__}")
+        raise ValueError(f"it must hold an object, got {type(found).__name__}")
     return found
 
 
