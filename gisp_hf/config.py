@@ -51,7 +51,7 @@ class GISPConfig:
         default="linear", metadata={"help": "How sparsity grows over the steps: linear, cosine or exponential."}
     )
     normalization: Normalization = field(
-        default=None,  # type: ignore[assignment]  # filled in below
+        default=None,  # type: ignore[arg-type]  # filled in below
         metadata={
             "help": "What a structure's score is divided by: its number of parameters (params, Eq. 9 of the paper), "
             "the constants of the published code (reference), or nothing (none). Default: the method's own, params for "

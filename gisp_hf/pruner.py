@@ -146,7 +146,8 @@ def prune(
         found = newest_checkpoint(str(trainer.args.output_dir))
         if found is None:
             raise ValueError(
-                f"{trainer.args.output_dir} holds no whole checkpoint of a pruning run; leave out resume_from_checkpoint"
+                f"{trainer.args.output_dir} holds no whole checkpoint of a pruning run; leave out "
+                "resume_from_checkpoint"
             )
         resume_from_checkpoint = str(found)
     try:

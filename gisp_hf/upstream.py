@@ -27,7 +27,7 @@ def replaced_loss_function(model: nn.Module, loss: Callable[..., Any]) -> Iterat
         if own is _ABSENT:
             del model._loss_function
         else:
-            model.loss_function = own  # type: ignore[assignment]
+            model.loss_function = own
 
 
 def handler_of(callback: TrainerCallback) -> CallbackHandler | None:

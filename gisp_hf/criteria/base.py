@@ -34,12 +34,12 @@ class Criterion:
 
     needs: Needs = "weights"
 
-    def watch(self, model: nn.Module, layout: Layout, *, micro_batches: int = 1) -> AbstractContextManager[Any]:
+    def watch(self, model: nn.Module, layout: Layout, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
         """Starts to look at ``model``: puts hooks in, where any are needed, and takes them out on exit.
 
         Args:
             layout: of the unpruned model.
-            micro_batches: backward passes that make up one calibration pass.
+            micro_batches: backward passes that make up one calibration pass; 0 if that is not known.
         """
         self.model = model
         return nullcontext()
@@ -66,7 +66,9 @@ def share_out(entries: torch.Tensor, member: Member, size: int) -> torch.Tensor:
     return entries[rows].sum(dim=1)
 
 
-def sum_to_entries(values: torch.Tensor, dim: int, *, first_row: int = 0, total_rows: int | None = None) -> torch.Tensor:
+def sum_to_entries(
+    values: torch.Tensor, dim: int, *, first_row: int = 0, total_rows: int | None = None
+) -> torch.Tensor:
     """Sums a tensor of a parameter's shape over all dimensions but ``dim``.
 
     Args:

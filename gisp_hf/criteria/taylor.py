@@ -1,4 +1,4 @@
-"""GISP's criterion: first-order Taylor, ``sum |w * g|`` over the weights of a structure (arXiv 2510.18030, Section 3)."""
+"""GISP's criterion: first-order Taylor, ``sum |w * g|`` over a structure's weights (arXiv 2510.18030, Section 3)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -45,7 +45,7 @@ class Taylor(Criterion):
 
     needs = "weight_gradients"
 
-    def watch(self, model: nn.Module, layout: Layout, *, micro_batches: int = 1) -> AbstractContextManager[Any]:
+    def watch(self, model: nn.Module, layout: Layout, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
         self.model = model
         self._entries: dict[tuple[str, int], torch.Tensor] = {}  # (parameter, dimension) -> scores along it
         self._dims: dict[str, list[int]] = {}
@@ -60,7 +60,9 @@ class Taylor(Criterion):
     @contextmanager
     def _score_early(self) -> Iterator[None]:
         handles = [
-            self.model.get_parameter(name).register_post_accumulate_grad_hook(self._hook(name)) for name in self._dims
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+            for name in self._dims
+            if (parameter := self.model.get_parameter(name)).requires_grad  # not those of protected layers
         ]
         try:
             yield

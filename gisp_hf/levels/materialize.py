@@ -208,8 +208,8 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
     pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
     if config.model_type.removeprefix("gisp_") != wanted:
         raise ValueError(
-            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the model that was "
-            "pruned"
+            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the model "
+            "that was pruned"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
@@ -219,8 +219,8 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
     if found.identity != level.layout.identity:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
-            f"{base.label}{pruned} has {found.num_layers} layers and {found.total:,} parameters. Give the model that was "
-            "pruned"
+            f"{base.label}{pruned} has {found.num_layers} layers and {found.total:,} parameters. Give the "
+            "model that was pruned"
         )
     return dense
 

@@ -58,8 +58,8 @@ def kind_of(name: str) -> Kind:
 class Member:
     """A part of one parameter that a block's structures share out among themselves.
 
-    Structure ``i`` owns the ``width`` rows from ``offset + i * stride`` on, along dimension ``dim``. Several members may
-    lie in one parameter: the three parts of a fused q/k/v projection, or gate and up in one matrix.
+    Structure ``i`` owns the ``width`` rows from ``offset + i * stride`` on, along dimension ``dim``. Several members
+    may lie in one parameter: the three parts of a fused q/k/v projection, or gate and up in one matrix.
 
     ``stride`` None: structures lie side by side (``stride = width``).
     """

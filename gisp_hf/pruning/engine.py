@@ -115,7 +115,7 @@ class Engine:
         """The fraction of the decoder layers' parameters that is gone."""
         return self.removed_parameters / self.layout.total
 
-    def watch(self, *, micro_batches: int = 1) -> AbstractContextManager[Any]:
+    def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
         """Lets the criterion look at the model, until the context ends."""
         return self.criterion.watch(self.model, self.now, micro_batches=micro_batches)
 
@@ -136,8 +136,8 @@ class Engine:
         scores = self.criterion.scores(self.now, numbers, sums)
         if not torch.stack([score.any() for score in scores]).any():  # one wait for the device
             raise ZeroScoreError(
-                "all scores are zero: the loss depends on no structure. Are all labels -100, or is the loss a constant? "
-                "Look at one batch of the data set"
+                "all scores are zero: the loss depends on no structure. Are all labels -100, or is the loss a "
+                "constant? Look at one batch of the data set"
             )
         for number, score in zip(numbers, scores):
             score = score / normalizer(self.layout.blocks[number], self.config.normalization)

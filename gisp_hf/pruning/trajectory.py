@@ -130,7 +130,8 @@ class Trajectory:
         if gone(high) < budget:
             raise ValueError(
                 f"sparsity {sparsity:g} lies beyond this trajectory: it ends at {gone(high) / self.layout.total:.4f} "
-                f"with channel_multiple={channel_multiple or self.config.channel_multiple}; ask for less, or prune to a higher level"
+                f"with channel_multiple={channel_multiple or self.config.channel_multiple}; ask for less, or "
+                "prune to a higher level"
             )
         while low < high:
             middle = (low + high) // 2

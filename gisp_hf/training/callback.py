@@ -267,7 +267,7 @@ class PruningCallback(TrainerCallback):
             return self.engine.scored_parameters()
         layers = family_of(model).layers + "."
         small = [name for name, p in plain_parameters(model) if p.ndim == 1 and not name.startswith(layers)]
-        return small[-1:] or [name for name, _ in plain_parameters(model)][-1:]  # the final norm, whose gradient is cheap
+        return small[-1:] or [name for name, _ in plain_parameters(model)][-1:]  # the final norm
 
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, *, dataloader: Any, tokenizer: Any
@@ -282,9 +282,7 @@ class PruningCallback(TrainerCallback):
         mode.keep_modes()
         if self._use_cache is not None:
             mode.on_close(lambda: setattr(model.config, "use_cache", self._use_cache))
-        check_run_length(
-            args, state, num_steps=self.config.num_steps, passes=self.layer_passes, dataloader=dataloader
-        )
+        check_run_length(args, state, num_steps=self.config.num_steps, passes=self.layer_passes, dataloader=dataloader)
         resumed = state.global_step > 0
         self.shared_dir = self.output_dir is None or self.output_dir == Path(str(args.output_dir))
         self.output_dir = self.output_dir or Path(str(args.output_dir))
@@ -361,7 +359,8 @@ class PruningCallback(TrainerCallback):
             level = stage(level)
         self.levels[sparsity] = level
         if level.metrics:
-            state.log_history.append({"level": sparsity, **level.metrics, "step": state.global_step + 1})
+            entry: dict[str, Any] = {"level": sparsity, **level.metrics, "step": state.global_step + 1}
+            state.log_history.append(entry)
 
     def _level_folder(self, sparsity: float) -> Path:
         assert self.output_dir is not None

@@ -44,13 +44,13 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.neftune_noise_alpha is not None:
         raise ValueError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha:g} puts noise into the embeddings, which changes the order; "
-            "leave it out of a pruning run"
+            f"neftune_noise_alpha={args.neftune_noise_alpha:g} puts noise into the embeddings, which changes the "
+            "order; leave it out of a pruning run"
         )
     if args.save_strategy == SaveStrategy.BEST or args.load_best_model_at_end:
         raise ValueError(
-            "a pruning run has no best checkpoint, since every step removes more; use save_strategy='steps', 'epoch' or "
-            "'no', and load_best_model_at_end=False"
+            "a pruning run has no best checkpoint, since every step removes more; use save_strategy='steps', "
+            "'epoch' or 'no', and load_best_model_at_end=False"
         )
 
 
