@@ -341,42 +341,54 @@ def test_unknown_name_lists_what_there_is():
         load_calibration("absent.jsonl", tiny_tokenizer())
 
 
-def test_impossible_requests_are_refused_before_anything_is_loaded(hub):
-    tokenizer = tiny_tokenizer()
-    for message, name, options in [
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
         (
-            r"tokens \(1000\) must be a multiple of block_size \(256\), as blocks are full: use 1024",
             "c4",
             {"tokens": 1000},
+            r"tokens \(1000\) must be a multiple of block_size \(256\), as blocks are full: use 1024",
         ),
-        ("tokens must be at least 1, got 0", "piqa", {"tokens": 0}),
-        ("block_size must be at least 2, got 1", "piqa", {"block_size": 1}),
-        ("c4 is streamed and practically endless", "c4", {"tokens": None}),
+        ("piqa", {"tokens": 0}, "tokens must be at least 1, got 0"),
+        ("piqa", {"block_size": 1}, "block_size must be at least 2, got 1"),
+        ("c4", {"tokens": None}, "c4 is streamed and practically endless"),
         (
-            "c4 cannot be calibrated with objective 'margin': choose one of language_modeling",
             "c4",
             {"objective": "margin"},
+            "c4 cannot be .* 'margin': choose one of language_modeling",
         ),
-        ("gsm8k cannot .* choose one of completion, language_modeling", "gsm8k", {"objective": "margin"}),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load_calibration(name, tokenizer, **options)
-    tokenizer.pad_token = None
-    for attempt in (lambda: load_calibration("c4", tokenizer), lambda: CandidateCollator(tokenizer)):
-        with pytest.raises(ValueError, match="the tokenizer has no pad token: set one"):
-            attempt()
+        ("gsm8k", {"objective": "margin"}, "gsm8k cannot .* choose one of completion, language_modeling"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_loaded(hub, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_calibration(name, tiny_tokenizer(), **options)
     assert not hub.calls
 
 
-def test_too_little_data_is_refused(hub):
-    hub.rows["gsm8k"] = [{"question": "w5", "answer": "w6"}]
-    with pytest.raises(ValueError, match="gsm8k held only 6 of tokens=100 .*: lower tokens, or use tokens=None"):
-        load_calibration("gsm8k", tiny_tokenizer(), tokens=100)
-    with pytest.raises(ValueError, match="gsm8k gave nothing for tokens=5"):
-        load_calibration("gsm8k", tiny_tokenizer(), tokens=5)
-    hub.rows["gsm8k"] = []
-    with pytest.raises(ValueError, match="openai/gsm8k has no rows in 'train'"):
-        load_calibration("gsm8k", tiny_tokenizer())
+@pytest.mark.parametrize(
+    "use", [lambda tokenizer: load_calibration("c4", tokenizer), CandidateCollator], ids=["calibration", "collator"]
+)
+def test_a_tokenizer_without_a_pad_token_is_refused_before_anything_is_loaded(hub, use):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no pad token: set one"):
+        use(tokenizer)
+    assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "message"),
+    [
+        (1, 100, "gsm8k held only 6 of tokens=100 .*: lower tokens, or use tokens=None"),
+        (1, 5, "gsm8k gave nothing for tokens=5"),
+        (0, 100, "openai/gsm8k has no rows in 'train'"),
+    ],
+)
+def test_too_little_data_is_refused(hub, rows, tokens, message):
+    hub.rows["gsm8k"] = [{"question": "w5", "answer": "w6"}] * rows
+    with pytest.raises(ValueError, match=message):
+        load_calibration("gsm8k", tiny_tokenizer(), tokens=tokens)
 
 
 @pytest.mark.parametrize(

@@ -116,17 +116,30 @@ def test_bad_questions_are_refused(change: dict, message: str) -> None:
         multiple_choice_accuracy(tiny_model(), tiny_tokenizer(), [QUESTION, {**QUESTION, **change}])
 
 
-def test_other_bad_input_is_refused() -> None:
-    model, tokenizer = tiny_model(max_position_embeddings=4), tiny_tokenizer()
+def test_no_questions_are_refused() -> None:
     with pytest.raises(ValueError, match="questions is empty"):
-        multiple_choice_accuracy(model, tokenizer, [])
+        multiple_choice_accuracy(tiny_model(), tiny_tokenizer(), [])
+
+
+def test_a_question_without_a_label_is_refused() -> None:
     with pytest.raises(ValueError, match=r"question 0 lacks \['label'\]"):
-        multiple_choice_accuracy(model, tokenizer, [{"prompt": "w5", "choices": [" w7", " w8"]}])
-    with pytest.raises(ValueError, match="continuation of 5 tokens does not fit into the model's context of 4"):
-        continuation_log_likelihoods(model, tokenizer, [("w5", " w6 w7 w8 w9 w10")])
+        multiple_choice_accuracy(tiny_model(), tiny_tokenizer(), [{"prompt": "w5", "choices": [" w7", " w8"]}])
+
+
+def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        multiple_choice_accuracy(model, tokenizer, [QUESTION], batch_size=0)
+        multiple_choice_accuracy(tiny_model(), tiny_tokenizer(), [QUESTION], batch_size=0)
+
+
+def test_a_continuation_longer_than_the_context_is_refused() -> None:
+    model = tiny_model(max_position_embeddings=4)
+    with pytest.raises(ValueError, match="continuation of 5 tokens does not fit into the model's context of 4"):
+        continuation_log_likelihoods(model, tiny_tokenizer(), [("w5", " w6 w7 w8 w9 w10")])
+
+
+def test_a_model_that_overflows_is_named_by_its_question() -> None:
+    model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="question 0: log-likelihoods .* hold nan"):
-        multiple_choice_accuracy(model, tokenizer, [QUESTION])
+        multiple_choice_accuracy(model, tiny_tokenizer(), [QUESTION])

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from recipes import demo_data
-from recipes.demo_data import load_smollm2, load_wikipedia, pack_blocks, split_articles
 from tests.tiny import tiny_tokenizer
 
 
@@ -71,21 +70,46 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, load, command)
         load()
 
 
-def test_model_and_text_are_the_documented_ones() -> None:
-    articles = load_wikipedia()
+@pytest.fixture(scope="module")
+def articles() -> list[str]:
+    return demo_data.load_wikipedia()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return demo_data.load_smollm2(torch.float32)  # multiplied fast by every processor
+
+
+def test_the_text_is_the_documented_one(articles) -> None:
     assert len(articles) == 89 and 2.3e6 < sum(map(len, articles)) < 2.6e6
-    calibration, held_out = split_articles(articles)
+
+
+def test_calibration_and_evaluation_share_no_article(articles) -> None:
+    calibration, held_out = demo_data.split_articles(articles)
     assert not set(calibration) & set(held_out)
-    model, tokenizer = load_smollm2(torch.bfloat16)
-    assert (model.config.num_hidden_layers, model.config.num_attention_heads, model.config.num_key_value_heads) == (
-        30,
-        9,
-        3,
-    )
-    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert (len(calibration), len(held_out)) == (67, 22)
+
+
+def test_the_model_has_the_documented_shape(smollm2) -> None:
+    config = smollm2[0].config
+    heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    assert heads == (30, 9, 3) and config.intermediate_size == 1536
+    assert sum(parameter.numel() for parameter in smollm2[0].parameters()) == 134_515_008
+
+
+def test_the_model_is_not_quantized_any_more(smollm2) -> None:
+    model, _ = smollm2
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
-    assert tokenizer.decode(tokenizer(held_out[0][:500])["input_ids"]) == held_out[0][:500]
-    (block,) = pack_blocks(held_out, tokenizer, length=256, count=1)
+
+
+def test_the_tokenizer_gives_the_text_back(smollm2, articles) -> None:
+    text, tokenizer = articles[3][:500], smollm2[1]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_the_model_reads_english(smollm2, articles) -> None:
+    model, tokenizer = smollm2
+    (block,) = demo_data.pack_blocks(articles[3:4], tokenizer, length=256, count=1)
     with torch.no_grad():
         loss = model(input_ids=block["input_ids"][None], labels=block["labels"][None]).loss
-    assert 2.3 < loss < 4.0  # a model that reads English: perplexity near 23 on all of it, 10-55 on one block
+    assert 2.3 < loss < 4.0  # perplexity near 23 on all of the text, 10-55 on one block

@@ -44,6 +44,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits[counted, chosen] -= 1
             logits[targets[part] == IGNORE_INDEX] = 0
             gradient[part] = logits.to(weight.dtype) @ weight
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return total
 
