@@ -29,13 +29,15 @@ from gisp_hf.data.encoding import (
     EmptyCompletionError,
     Encoded,
     LongCompletionError,
+    encode_question,
     encode_record,
+    pack_blocks,
     pad_token_id,
     tokenize,
 )
 from gisp_hf.data.records import Objective, Source
-from gisp_hf.data.sources import choose_objective, find_sources, loaded_commit, open_source
-from gisp_hf.losses.objectives import encode_weight, language_modeling_loss, margin_loss
+from gisp_hf.data.sources import choose_objective, find_sources, open_source
+from gisp_hf.losses.objectives import language_modeling_loss, margin_loss
 
 # arXiv 2510.18030: 2,000 sequences of 256 tokens; and the same number of tokens for the answer sets.
 DEFAULT_TOKENS = 512_000
@@ -56,7 +58,7 @@ class Calibration:
         provenance: JSON-ready record: ``name``, ``objective``, ``seed``, ``block_size``, ``tokens`` (padding not
             counted), ``sequences``, ``items`` (of ``dataset``), ``correct`` and ``incorrect`` (candidates; margin
             only), ``sha256`` (all input ids, sequence after sequence, as little-endian int64) and ``sources``: for each
-            data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit, where the loader knows it),
+            data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit; None for a local file),
             ``records`` (for a running text: blocks) and ``tokens`` drawn, and ``skipped`` (reason -> records).
     """
 
@@ -73,6 +75,7 @@ class _Reading:
     name: str
     source: Source
     dataset: datasets.Dataset | datasets.IterableDataset
+    commit: str | None
     records: int = 0
     tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -118,14 +121,12 @@ def load_calibration(
     block_size = DEFAULT_BLOCK_SIZES[objective] if block_size is None else block_size
     _check_sizes(name, named, objective=objective, tokens=tokens, block_size=block_size)
 
-    readings = [_Reading(label, source, open_source(source)) for label, source in named.items()]
+    readings = [_Reading(label, source, *open_source(source)) for label, source in named.items()]
     streams = [_encode(r, tokenizer, objective=objective, block_size=block_size, seed=seed) for r in readings]
     drawn = _draw(readings, streams, tokens=tokens, cut=objective == "language_modeling")
     if objective == "language_modeling":
         ids = [token for piece in drawn for sequence in piece for token in sequence.input_ids][:tokens]
-        whole = len(ids) // block_size * block_size
-        blocks = [ids[start : start + block_size] for start in range(0, whole, block_size)]
-        drawn = [[Encoded(block, block)] for block in blocks]
+        drawn = [[block] for block in pack_blocks(ids, block_size)]
     if not drawn:
         skipped = {reading.name: dict(reading.skipped) for reading in readings}
         raise ValueError(
@@ -147,7 +148,7 @@ def load_calibration(
     if objective == "margin":
         correct = sum(sequence.correct for sequence in sequences)
         provenance |= {"correct": correct, "incorrect": len(sequences) - correct}
-        rows = [_margin_item(piece, correct=correct, incorrect=len(sequences) - correct) for piece in drawn]
+        rows = [encode_question(piece, correct=correct, incorrect=len(sequences) - correct) for piece in drawn]
         dataset = datasets.Dataset.from_list(rows)
     else:
         columns = {"input_ids": [s.input_ids for s in sequences], "labels": [s.labels for s in sequences]}
@@ -209,9 +210,9 @@ def _cut_running_text(
 ) -> Iterator[list[Encoded]]:
     """Blocks of one long text in seeded order; what is left at its end is dropped."""
     ids = tokenize("\n\n".join(row["text"] for row in reading.dataset), tokenizer)
-    for block in permutation(len(ids) // block_size, seed):
-        cut = ids[block * block_size : (block + 1) * block_size]
-        yield [Encoded(cut, cut)]
+    blocks = pack_blocks(ids, block_size)
+    for index in permutation(len(blocks), seed):
+        yield [blocks[index]]
 
 
 def _draw(
@@ -253,15 +254,6 @@ def _draw(
     return drawn
 
 
-def _margin_item(piece: Sequence[Encoded], *, correct: int, incorrect: int) -> dict[str, list[list[int]]]:
-    """A question as an item of the dataset, each candidate's weight in the first of its labels."""
-    weights = {True: encode_weight(correct=True, count=correct), False: encode_weight(correct=False, count=incorrect)}
-    return {
-        "input_ids": [sequence.input_ids for sequence in piece],
-        "labels": [[weights[sequence.correct], *sequence.labels[1:]] for sequence in piece],
-    }
-
-
 def _sha256(sequences: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
@@ -276,7 +268,7 @@ def _describe(reading: _Reading) -> dict[str, Any]:
         "hub_id": source.hub_id,
         "config": source.config,
         "split": source.split if source.hub_id else None,
-        "revision": loaded_commit(reading.dataset) or source.revision,
+        "revision": reading.commit or source.revision,
         "records": reading.records,
         "tokens": reading.tokens,
         "skipped": dict(reading.skipped),

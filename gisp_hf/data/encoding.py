@@ -1,4 +1,4 @@
-"""Records -> token ids and labels, and items -> padded batches."""
+"""Records -> token ids and labels, token ids -> blocks, and items -> padded batches."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from gisp_hf.data.records import Candidate, Messages, Objective, Record
-from gisp_hf.losses.objectives import IGNORE_INDEX
+from gisp_hf.losses.objectives import IGNORE_INDEX, encode_weight
 
 
 class EmptyCompletionError(ValueError):
@@ -109,6 +109,12 @@ def encode_completion(
 def encode_record(
     record: Record, tokenizer: PreTrainedTokenizerBase, *, objective: Objective, block_size: int
 ) -> list[Encoded]:
+    """The sequences of one record: a text, or the candidates that the objective uses. An empty text has none.
+
+    Raises:
+        EmptyCompletionError, LongCompletionError: as `encode_completion`.
+        ValueError: there is no correct candidate, or (margin) no incorrect one; and as `encode_completion`.
+    """
     if isinstance(record, str):
         return [_document(tokenize(record, tokenizer), tokenizer)] if record.strip() else []
     _check_sides(record, objective)
@@ -121,6 +127,28 @@ def encode_record(
         row = encode_completion(candidate.prompt, candidate.completion, tokenizer=tokenizer, max_length=block_size)
         pieces.append(Encoded(row["input_ids"], row["labels"], candidate.correct))
     return pieces
+
+
+def encode_question(piece: Sequence[Encoded], *, correct: int, incorrect: int) -> dict[str, list[list[int]]]:
+    """A question as an item for the margin, each candidate's weight in the first of its labels.
+
+    Args:
+        piece: the candidates.
+        correct: correct candidates in the whole calibration set.
+        incorrect: the same for incorrect ones.
+    """
+    weights = {True: encode_weight(correct=True, count=correct), False: encode_weight(correct=False, count=incorrect)}
+    return {
+        "input_ids": [sequence.input_ids for sequence in piece],
+        "labels": [[weights[sequence.correct], *sequence.labels[1:]] for sequence in piece],
+    }
+
+
+def pack_blocks(ids: Sequence[int], block_size: int) -> list[Encoded]:
+    """Consecutive blocks of ``block_size`` token ids, all of them targets; an incomplete one at the end is dropped."""
+    whole = len(ids) // block_size * block_size
+    blocks = [list(ids[start : start + block_size]) for start in range(0, whole, block_size)]
+    return [Encoded(block, block) for block in blocks]
 
 
 def _check_sides(record: Sequence[Candidate], objective: Objective) -> None:
@@ -158,10 +186,12 @@ def _tokenize_pair(
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[int]:
+    """Token ids, with the tokenizer's own special tokens or without, and without a warning about the length."""
     return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Raises ValueError if there is none."""
     if tokenizer.pad_token_id is None:
         raise ValueError(
             "the tokenizer has no pad token: set one, for instance tokenizer.pad_token = tokenizer.eos_token "

@@ -1,4 +1,7 @@
-"""The meaning of a row of calibration data: a text, or the possible answers to one question."""
+"""Rows of calibration data as records: a string is a text, a tuple of `Candidate` the possible answers to one question.
+
+A data set without wrong answers gives one candidate a question.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
-"""The calibration data sets as a table: where each one is on the Hub, which columns it has, and what a row means.
+"""The calibration data sets as a table: place on the Hub, columns, and the converter of a row to a record.
 
-A converter turns one row into a record: a string (a text), or a tuple of `Candidate` (the possible answers to one
-question; one candidate when there is nothing to choose). Prompts follow the usual zero-shot evaluation formats, so that
+Prompts follow the usual zero-shot evaluation formats, so that
 calibration and evaluation ask the same way. Converters raise ``ValueError`` with the reason; the reader adds the row.
 """
 
@@ -108,7 +107,7 @@ def _gsm8k(row: Mapping[str, Any]) -> Record:
 
 _ARC_COLUMNS = ("question", "choices", "answerKey")
 
-# Revisions are pinned where the data set is streamed or read as one text; for the others the loader reports the commit.
+# Revisions are pinned where the data set is streamed or read as one text; the commit is recorded for all of them.
 # PIQA's main branch is a loading script, which is never run: the Hub's own Parquet conversion is read instead.
 SOURCES: dict[str, Source] = {
     "c4": Source(
@@ -205,28 +204,32 @@ def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]
     return {path.name: file_source(path)}
 
 
-def open_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+def open_source(source: Source) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
     """Load the data set, or begin to stream it. No code from the Hub is run.
+
+    Returns:
+        Its rows, and the commit on the Hub that they come from: that of the cache when the Hub cannot be reached. None
+        for a local file.
 
     Raises:
         ValueError: it has no rows.
     """
+    commit = None
+    dataset: datasets.Dataset | datasets.IterableDataset
     if source.file is not None:
         dataset = load_file(Path(source.file))
     else:
-        dataset = datasets.load_dataset(
-            source.hub_id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
+        # the two halves of load_dataset, because the builder between them knows the commit
+        builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
+        commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
+        if source.streaming:
+            dataset = builder.as_streaming_dataset(split=source.split)
+        else:
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split=source.split)
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError(f"{source.file or source.hub_id} has no rows in {source.split!r}: give data with at least one")
-    return dataset
-
-
-def loaded_commit(dataset: datasets.Dataset | datasets.IterableDataset) -> str | None:
-    """The commit a downloaded data set came from: `datasets` caches it under a folder of that name."""
-    files = dataset.cache_files if isinstance(dataset, datasets.Dataset) else []
-    commits = [re.search(r"[/\\]([0-9a-f]{40})[/\\]", file["filename"]) for file in files]
-    return commits[0].group(1) if commits and commits[0] else None
+    return dataset, commit
 
 
 def choose_objective(name: str, named: Mapping[str, Source], objective: Objective | None) -> Objective:

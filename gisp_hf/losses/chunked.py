@@ -32,14 +32,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = F.linear(hidden[part], weight, bias).float()  # (c, V)
-            total += F.cross_entropy(logits, targets[part], ignore_index=IGNORE_INDEX, reduction="sum")
+            counted = (targets[part] != IGNORE_INDEX).nonzero().squeeze(1)  # (k,)
+            chosen = targets[part][counted]
+            logits = F.linear(hidden[part], weight, bias).float()  # (c, V), the only buffer of this size
+            logits -= logits.amax(dim=-1, keepdim=True)
+            likely = logits[counted, chosen]
+            sums = logits.exp_().sum(dim=-1, keepdim=True)  # (c, 1)
+            total += (sums[counted, 0].log() - likely).sum()
             # d loss / d logits = softmax - one hot
-            logits = logits.softmax(dim=-1)
-            counted = targets[part] != IGNORE_INDEX
-            logits[counted.nonzero().squeeze(1), targets[part][counted]] -= 1
-            logits[~counted] = 0
+            logits /= sums
+            logits[counted, chosen] -= 1
+            logits[targets[part] == IGNORE_INDEX] = 0
             gradient[part] = logits.to(weight.dtype) @ weight
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return total
 
