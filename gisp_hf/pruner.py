@@ -157,5 +157,6 @@ def prune(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint or None)
     finally:
         pruner.close()
-        trainer.remove_callback(pruner)
+        if pruner in trainer.callback_handler.callbacks:
+            trainer.remove_callback(pruner)
     return pruner

@@ -351,12 +351,12 @@ def test_a_pruner_prunes_once(tmp_path) -> None:
 
 
 class _Poison(TrainerCallback):
-    """Spoils one gradient at one step, before the pruner reads it."""
+    """Spoils one gradient at one step, after its first batch: the pruner reads it in the last one."""
 
     def __init__(self, step: int, value: float) -> None:
         self.step, self.value = step, value
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 == self.step:
             model.model.layers[2].mlp.up_proj.weight.grad[0, 0] = self.value
 

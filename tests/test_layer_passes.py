@@ -35,7 +35,7 @@ def test_only_one_group_has_gradients_at_a_time(tmp_path) -> None:
     seen = []
 
     class Witness(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        def on_substep_end(self, args, state, control, model=None, **kwargs):  # in the last batch they are freed
             seen.append({int(n.split(".")[2]) for n, p in model.named_parameters() if p.grad is not None})
 
     pruner = GISPPruner(tiny_config(num_steps=2), tmp_path / "levels", layer_passes=2)

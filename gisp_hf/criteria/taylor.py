@@ -1,5 +1,6 @@
 """GISP's criterion: first-order Taylor, ``sum |w * g|`` over a structure's weights (arXiv 2510.18030, Section 3)."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -39,8 +40,8 @@ class Taylor(Criterion):
     """``sum |w * g|``: the first-order estimate of how much the loss changes when a structure goes.
 
     The gradient is that of the mean loss over the whole calibration pass: the absolute value is taken after summing.
-    Where one backward pass is the whole calibration pass, each parameter is scored as soon as its gradient is
-    complete, and the gradient is freed at once.
+    Where the number of backward passes in a calibration pass is known, each parameter is scored inside the last one, as
+    soon as its gradient is complete, and the gradient is freed at once.
     """
 
     needs = "weight_gradients"
@@ -53,14 +54,15 @@ class Taylor(Criterion):
             for member in block.members:
                 dims = self._dims.setdefault(member.parameter, [])
                 dims += [] if member.dim in dims else [member.dim]
+        self._passes: Counter[str] = Counter()  # parameter -> backward passes so far
         # A sharded parameter's gradient is complete only after the hooks of its module.
-        early = micro_batches == 1 and not is_sharded(model.parameters())
-        return self._score_early() if early else super().watch(model, layout)
+        early = micro_batches > 0 and not is_sharded(model.parameters())
+        return self._score_early(micro_batches) if early else super().watch(model, layout)
 
     @contextmanager
-    def _score_early(self) -> Iterator[None]:
+    def _score_early(self, micro_batches: int) -> Iterator[None]:
         handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(name))
+            parameter.register_post_accumulate_grad_hook(self._hook(name, micro_batches))
             for name in self._dims
             if (parameter := self.model.get_parameter(name)).requires_grad  # not those of protected layers
         ]
@@ -70,8 +72,13 @@ class Taylor(Criterion):
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
-        return lambda parameter: self._score(name, parameter)
+    def _hook(self, name: str, micro_batches: int) -> Callable[[torch.Tensor], None]:
+        def score_when_complete(parameter: torch.Tensor) -> None:
+            self._passes[name] += 1
+            if self._passes[name] == micro_batches:
+                self._score(name, parameter)
+
+        return score_when_complete
 
     def _score(self, name: str, parameter: torch.Tensor) -> None:
         """Turns one parameter's gradient into scores, and frees it."""
@@ -100,4 +107,5 @@ class Taylor(Criterion):
                 part = share_out(self._entries[name, member.dim], member, block.size)
                 found[number, name] = found[number, name] + part if (number, name) in found else part
         self._entries.clear()
+        self._passes.clear()
         return found

@@ -155,8 +155,12 @@ class Engine:
             counts = torch.stack([(~part.isfinite()).sum() for part in parts])
             if counts.any():  # one wait for the device, not one per tensor
                 bad = [name for (_, name), count in zip(names, counts.tolist()) if count]
+                everything = (
+                    ": the loss is not, or a norm over all of them has spread it" if len(bad) == len(names) else ""
+                )
                 raise NonFiniteGradientError(
-                    f"{_QUANTITY[self.criterion.needs]} of {bad[0]} is not finite (nor that of {len(bad) - 1} others)"
+                    f"{_QUANTITY[self.criterion.needs]} of {bad[0]} is not finite (nor that of {len(bad) - 1} others"
+                    f"{everything})"
                 )
         return dict(zip(names, parts))
 

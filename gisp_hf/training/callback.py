@@ -374,9 +374,13 @@ class PruningCallback(TrainerCallback):
             raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
         numbers: dict[str, float] = {"sparsity": step.sparsity, "decoder_parameters": step.parameters}
         numbers |= {f"{kind_of(kind).plural}_removed": count for kind, count in step.removed.items()}
-        logs.update(numbers)  # for the trackers and the progress bar, which come after this callback
+        entries = [logs]  # for the trackers and the progress bar, which come after this callback
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(numbers)
+            entries.append(state.log_history[-1])
+        for entry in entries:
+            entry.update(numbers)
+            if not entry.get("grad_norm"):  # gradients were scored and freed before the Trainer took their norm
+                entry.pop("grad_norm", None)
         if state.is_world_process_zero:
             counts = " and ".join(f"{count:,} {kind_of(kind).plural}" for kind, count in step.removed.items())
             tqdm.write(
