@@ -203,10 +203,19 @@ def test_two_pruners_in_one_trainer_are_refused(tmp_path) -> None:
     before = state_of(model)
     trainer = make_trainer(model, tmp_path)
     trainer.add_callback(GISPPruner(tiny_config(), tmp_path / "more"))
-    with pytest.raises(ValueError, match="another GISPPruner is pruning this model already"):
+    with pytest.raises(ValueError, match="the Trainer has several GISPPruners"):
         trainer.train()
-    next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, GISPPruner)).close()
     assert state_of(model) == before
+
+
+def test_a_second_run_on_a_model_that_is_being_pruned_is_refused(tmp_path) -> None:
+    model = tiny_model()
+
+    def evaluate(model):
+        gisp_hf.prune(trainer_of(model, tmp_path / "two"), tiny_config(), tmp_path / "more")
+
+    with pytest.raises(ValueError, match="another GISPPruner is pruning this model already"):
+        prune(model, tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "levels", evaluate=evaluate))
 
 
 @pytest.mark.parametrize(

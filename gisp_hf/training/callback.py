@@ -127,7 +127,10 @@ class PruningCallback(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        handler = handler_of(self)
         with self._giving_back():
+            if handler is not None and sum(isinstance(other, PruningCallback) for other in handler.callbacks) > 1:
+                raise ValueError("the Trainer has several GISPPruners, and only one can prune its model; give it one")
             if self._engine is None:  # added by trainer.add_callback, after on_init_end
                 if is_distributed(args):
                     raise ValueError(
@@ -135,7 +138,7 @@ class PruningCallback(TrainerCallback):
                         "gisp_hf.prune(trainer), not in add_callback: the model is wrapped with what requires a "
                         "gradient when training begins"
                     )
-                move_before_trackers(self, handler_of(self))
+                move_before_trackers(self, handler)
                 self.prepare(args, model, use_cache=None)
             if self.engine.length:
                 raise ValueError(
