@@ -1,4 +1,4 @@
-"""Private parts of dependencies that have no public twin: one small function each, watched by tests/test_upstream.py."""
+"""Private parts of dependencies that have no public twin: one small function each, with a test that watches it."""
 
 from collections.abc import Callable
 
