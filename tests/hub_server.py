@@ -4,9 +4,10 @@
         api = HfApi(endpoint=hub.url, token="hf_owner")
 
 It answers what a push and a load ask for, in the shapes, statuses and ``X-Error-Code`` headers of the real Hub. It can
-be told to misbehave (``fail``, ``drop``, ``lose_answer``, ``hang``, ``slow``), notes every request (``requests``), and shows what
-it holds (``branches``, ``head``, ``files``, ``log``). Large files travel by classic LFS to a second port, as the real
-Hub leaves them to a storage host: the client must run with ``HF_HUB_DISABLE_XET=1``. Model repositories only.
+be told to misbehave (``fail``, ``drop``, ``lose_answer``, ``hang``, ``slow``), notes every request that it answers
+(``requests``), and shows its contents (``branches``, ``head``, ``files``, ``log``). Large files travel by classic LFS
+to a second port, as the real Hub leaves them to a storage host: the client must run with ``HF_HUB_DISABLE_XET=1``.
+Model repositories only.
 """
 
 import contextlib

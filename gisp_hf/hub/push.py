@@ -1,8 +1,8 @@
 """Pushing a run: at once, or level by level while it goes on.
 
 A level's branch holds its files and nothing else (see ``plan.py``). In ``main`` only those files of an earlier model
-are deleted that ``from_pretrained`` would read; all others stay. A repository that holds another run is refused unless the
-user says ``replace``; branches of levels that the run does not have stay, and are named.
+are deleted that ``from_pretrained`` would read; all others stay. A repository that holds another run is refused unless
+the user says ``replace``; branches of levels that the run does not have stay, and are named.
 """
 
 import logging
