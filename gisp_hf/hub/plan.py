@@ -71,7 +71,6 @@ class Plan:
             levels: those of the plan, with the commits of their branches.
         """
         card = self.folder / CARD_FILE
-        refuse_link(card, self.folder)
         # The manifest is about the level's own trajectory.
         own = (CARD_FILE, METRICS_FILE, MANIFEST_FILE)
         return {
@@ -109,8 +108,8 @@ def make_plan(
     source = folder
     if not all((folder / name).is_file() for name in (RANKS_FILE, FACTS_FILE)):
         source = folder / names[-1]  # a run that was cut off has saved none, but its last level knows what led to it
-    for name in (RANKS_FILE, FACTS_FILE):
-        refuse_link(source / name, source)
+    for path in (folder / CARD_FILE, source / RANKS_FILE, source / FACTS_FILE):
+        refuse_link(path, path.parent)
     run = Trajectory.load(source)
     for level in levels:
         _check_order(folder / level.name, level.sparsity, run)
