@@ -17,6 +17,7 @@ from transformers import __version__ as transformers_version
 from gisp_hf.hub import PushReport, read_levels, write_metrics
 from gisp_hf.hub import run_cards as module
 from gisp_hf.hub.run_cards import card_writer
+from gisp_hf.pruning.trajectory import Trajectory
 from tests.hub_server import HubServer
 from tests.runs import LEVELS, prune
 from tests.test_hub_push import NAMES, REPO, TOKENS, contents, push, uploader
@@ -119,7 +120,7 @@ def test_base_card_is_looked_for_only_if_allowed_and_needed(
         raise RepositoryNotFoundError("no", response=response)
 
     monkeypatch.setattr(module, "hf_hub_download", missing)
-    folder = shutil.copytree(saved, tmp_path / "run")
+    folder = renamed(saved, tmp_path / "run", base="org/tiny")
     levels = read_levels(folder)
     for path in (folder, *(folder / name for name in NAMES)):
         card_writer(folder, levels, repo_id=REPO)
@@ -129,7 +130,27 @@ def test_base_card_is_looked_for_only_if_allowed_and_needed(
     card_writer(folder, levels, repo_id=REPO, fetch=True)
     assert asked == []
     card_writer(folder, levels, repo_id=REPO, fetch=True, new=True)  # a base that is not there is no error
-    assert len(asked) == 1
+    assert asked == ["org/tiny"]
+
+
+def renamed(saved: Path, folder: Path, *, base: str) -> Path:
+    """A copy of a run whose base model has another id."""
+    shutil.copytree(saved, folder)
+    for path in (folder, *(folder / name for name in NAMES)):
+        trajectory = Trajectory.load(path)
+        replace(trajectory, base=replace(trajectory.base, id=base)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize("base", ["LlamaForCausalLM", "/home/me/model"])
+def test_local_name_of_a_base_is_not_asked_for(
+    saved: Path, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    base = str(tmp_path / "home") if "/" in base else base
+    monkeypatch.setattr(module, "hf_hub_download", lambda *args, **options: pytest.fail(f"asked for {args}"))
+    folder = renamed(saved, tmp_path / "run", base=base)
+    card_writer(folder, read_levels(folder), repo_id=REPO, fetch=True)
 
 
 def test_nothing_but_the_card_is_written(hub: HubServer, saved: Path, tmp_path: Path) -> None:

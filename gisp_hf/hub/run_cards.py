@@ -82,7 +82,9 @@ def _versions(level_folder: Path) -> dict[str, str]:
 def _fetch_base_card(trajectory: Trajectory) -> None:
     """Brings the base model's card into the cache, where the license of the new cards is looked for."""
     base = trajectory.base
+    if "/" not in base.id or Path(base.id).exists():
+        return  # the name of a class or a folder: the Hub need not hear it
     try:
         hf_hub_download(base.id, CARD_FILE, revision=base.revision)
-    except (OSError, ValueError):  # a folder, or a model that is gone: a push must not fail for its license
+    except (OSError, ValueError):  # offline, or a model that is gone: a push must not fail for its license
         logger.warning("the license of %s was not found: the cards name none; --license gives one", ascii(base.id))
