@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from gisp_hf.cli.card import card_writer
 from gisp_hf.cli.common import FOLDER_HELP, LICENSE_HELP, LOGIN, NEW_CARDS_HELP, run_folder, say
 from gisp_hf.hub import push_levels, read_levels
+from gisp_hf.hub.run_cards import card_writer
 
 DESCRIPTION = (
     "Push every level of a run as a branch of one repository, with a card each, and what they have in common as "

@@ -3,7 +3,6 @@
 A push from inside the run and a later `gisp-hf push` both take their cards from here, so that they are equal.
 """
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +13,10 @@ from huggingface_hub import hf_hub_download
 from gisp_hf.hub.cards import level_card, main_card
 from gisp_hf.hub.plan import CARD_FILE
 from gisp_hf.hub.runs import MAIN
+from gisp_hf.levels.files import CONFIG_FILE
 from gisp_hf.levels.info import LevelInfo
 from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.untrusted import odd_contents, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ def _trajectory(folder: Path, levels: Sequence[LevelInfo]) -> Trajectory:
 
 def _versions(level_folder: Path) -> dict[str, str]:
     """What a level's own config says that it was saved with."""
-    config = json.loads((level_folder / "config.json").read_text(encoding="utf-8"))
-    version = config.get("transformers_version")
+    with odd_contents(f"{CONFIG_FILE} of {level_folder}"):
+        version = read_json(level_folder / CONFIG_FILE).get("transformers_version")
     return {"transformers": version} if isinstance(version, str) else {}
 
 

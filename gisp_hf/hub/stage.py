@@ -1,19 +1,18 @@
 """The stage that pushes each level with its card while the run goes on, and everything else at its end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
-from gisp_hf.hub.cards import level_card, main_card
+from gisp_hf.hub.plan import CARD_FILE
 from gisp_hf.hub.push import LevelUploader, PushReport
-from gisp_hf.levels.info import LevelInfo, read_levels
+from gisp_hf.hub.run_cards import card_writer
+from gisp_hf.levels.info import read_levels
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.training.stages import Level, Run, Stage
-
-CARD_FILE = "README.md"
 
 
 class Publish(Stage):
@@ -43,14 +42,16 @@ class Publish(Stage):
     def begin(self, run: Run) -> None:
         super().begin(run)
         if run.main_process:
-            self.uploader = LevelUploader(self.repo_id, private=self.private, token=self.token)
+            self.uploader = LevelUploader(
+                self.repo_id, private=self.private, token=self.token, run=run.trajectory, replace=self.replace
+            )
 
     def __call__(self, level: Level) -> Level:
         """Returns at once; what fails is tried again by ``finish``."""
         if self.uploader is not None:
-            info = next(info for info in read_levels(level.folder.parent) if info.name == level_name(level.sparsity))
-            text = level_card(level.trajectory, info, repo_id=self.uploader.repo_id)
-            write_text_atomic(level.folder / CARD_FILE, text)
+            levels = read_levels(level.folder.parent)
+            card = card_writer(level.folder.parent, levels, repo_id=self.uploader.repo_id)
+            write_text_atomic(level.folder / CARD_FILE, card(level_name(level.sparsity), levels))
             self.uploader.submit(level.sparsity, level.folder)
         return level
 
@@ -58,12 +59,7 @@ class Publish(Stage):
         """Waits for the levels, does what is missing, writes ``main``, and has everything confirmed by the Hub."""
         if self.uploader is None:
             return
-        repo_id = self.uploader.repo_id
-
-        def card(branch: str, infos: Sequence[LevelInfo]) -> str | None:
-            # That of a level lies in its folder.
-            return main_card(trajectory, infos, repo_id=repo_id) if branch == "main" else None
-
         folder: Path = self.run.output_dir
+        card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id)
         self.report = self.uploader.finish(folder, card=card)
         tqdm.write(f"GISP: {len(levels)} levels and main are at {self.report.url}")

@@ -14,6 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from gisp_hf.atomic import replace_folder, unique_beside
+from gisp_hf.levels.manifest import write_manifest
 from gisp_hf.models.layout import Rows
 from gisp_hf.models.shards import whole
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
@@ -73,6 +74,7 @@ def save_level(
         if main_process:
             _write_rest(model, temporary, shell=shell, tokenizer=tokenizer)
             trajectory.save(temporary)
+            write_manifest(temporary)
             replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)  # first: it takes the room that the message speaks of

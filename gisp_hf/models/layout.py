@@ -22,20 +22,24 @@ class Kind:
     Attributes:
         name: of the kind, in layouts and files: ``attention``.
         unit, plural: of one structure and several, for tables and messages: ``group``, ``groups``.
-        config_keys: keys of a layer's config that count these structures, or a fixed multiple of them. They shrink in
-            proportion when structures go.
+        config_keys: keys of a layer's config that change when structures go. The last one counts the structures, the
+            others a fixed multiple of them.
+        title: of several structures, in full, for cards; ``plural`` if empty.
     """
 
     name: str
     unit: str
     plural: str
     config_keys: tuple[str, ...] = ()
+    title: str = ""
 
 
 # Their order is that of the blocks of a layer, in which ties are broken. Other kinds are added by `register_kind`.
 KINDS: dict[str, Kind] = {
-    "attention": Kind("attention", "group", "groups", ("num_attention_heads", "num_key_value_heads")),
-    "mlp": Kind("mlp", "channel", "channels", ("intermediate_size",)),
+    "attention": Kind(
+        "attention", "group", "groups", ("num_attention_heads", "num_key_value_heads"), "key/value groups"
+    ),
+    "mlp": Kind("mlp", "channel", "channels", ("intermediate_size",), title="MLP channels"),
 }
 
 

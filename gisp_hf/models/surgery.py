@@ -62,7 +62,7 @@ def set_pruned_config(
     """Turns a config, in place, into that of the pruned model.
 
     Args:
-        layout: that of the model which ``config`` describes.
+        layout: that of the unpruned model; ``config`` may be pruned already.
         counts: structures that are left in each block.
     """
     if getattr(config, "head_dim", None) is None:  # derived from sizes that are about to differ between layers
@@ -71,8 +71,9 @@ def set_pruned_config(
     for block, count in zip(layout.blocks, counts):
         layer = config.per_layer_config[block.layer]
         sizes = overrides.setdefault(block.layer, {})
-        for key in kind_of(block.kind).config_keys:
-            sizes[key] = getattr(layer, key) * count // block.size
+        keys = kind_of(block.kind).config_keys
+        for key in keys:
+            sizes[key] = getattr(layer, key) // getattr(layer, keys[-1]) * count
     config.__class__ = family.pruned_config
     config.per_layer_config = overrides
     return config

@@ -305,8 +305,7 @@ class PruningCallback(TrainerCallback):
             sharded=is_sharded(model.parameters()),
             use_cache=True if self._use_cache is None else self._use_cache,
             tokenizer=tokenizer,
-            config=self.config,
-            base=self._base,
+            trajectory=self.trajectory if before is None else before,
         )
         for stage in self.stages:
             stage.begin(run)

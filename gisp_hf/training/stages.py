@@ -11,8 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from gisp_hf.config import GISPConfig
-from gisp_hf.pruning.trajectory import Base, Trajectory
+from gisp_hf.pruning.trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Run:
         sliced: whether the model loses structures for real during the run; otherwise they are zeros.
         sharded: whether parameters are cut over the processes, so that all of them must take part in saving.
         use_cache: of the model's config before the Trainer changed it; None if unknown.
-        base: the model that is pruned; None before `Stage.begin`.
+        trajectory: base, settings and calibration data; its order is empty, or that of the checkpoint.
     """
 
     output_dir: Path
@@ -38,8 +37,7 @@ class Run:
     sharded: bool
     use_cache: bool | None
     tokenizer: Any
-    config: GISPConfig
-    base: Base
+    trajectory: Trajectory
 
 
 @dataclass(frozen=True)
