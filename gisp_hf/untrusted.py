@@ -192,8 +192,6 @@ def check_layout(facts: Mapping[str, Any]) -> None:
         for index, member in enumerate(members):
             _check_member(check_object(member, f"{place}.members[{index}]"), f"{place}.members[{index}]")
         _check_plain({key: value for key, value in block.items() if key != "members"}, place)
-    if not blocks:
-        raise ValueError("blocks is empty: there is nothing that could be removed")
     check_whole(structures, "the number of structures in all blocks", most=STRUCTURES)
 
 
