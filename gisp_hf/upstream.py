@@ -24,4 +24,4 @@ def replaced_loss_function(model: nn.Module, loss: Callable[..., Any]) -> Iterat
         if own is _ABSENT:
             del model._loss_function
         else:
-            model.loss_function = own  # type: ignore[assignment]
+            model.loss_function = own

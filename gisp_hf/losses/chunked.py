@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gisp_hf import upstream
-
-IGNORE_INDEX = -100
+from gisp_hf.losses.objectives import IGNORE_INDEX
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
