@@ -228,10 +228,10 @@ def removed_alike(trajectories: Sequence[Trajectory], level: float) -> float | N
     """
     removed = []
     for trajectory in trajectories:
-        length, multiple = trajectory.prefix(level), trajectory.config.channel_multiple
+        length, multiples = trajectory.prefix(level), trajectory.config.multiples
         masks = [
-            removed_mask(block, ranks, length=length, channel_multiple=multiple)
-            for block, ranks in zip(trajectory.layout.blocks, trajectory.ranks)
+            removed_mask(block, order, length=length, multiples=multiples)
+            for block, order in zip(trajectory.layout.blocks, trajectory.order)
         ]
         removed.append(torch.cat(masks))
     shares = [2 * int((a & b).sum()) / int(a.sum() + b.sum()) for a, b in combinations(removed, 2)]

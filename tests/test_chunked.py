@@ -159,7 +159,7 @@ def test_a_run_removes_the_same(tmp_path) -> None:
     expected = prune(tiny_model("qwen2"), tmp_path / "plain")
     pruner = GISPPruner(tiny_config(), tmp_path / "levels", chunk_tokens=10)
     prune(tiny_model("qwen2"), tmp_path, pruner=pruner)
-    assert all(torch.equal(a, b) for a, b in zip(pruner.trajectory.ranks, expected.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(pruner.trajectory.order, expected.trajectory.order))
     assert [step.loss for step in pruner.trajectory.steps] == pytest.approx(
         [s.loss for s in expected.trajectory.steps], rel=1e-5
     )

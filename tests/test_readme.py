@@ -57,4 +57,4 @@ def test_task_script_and_a_loss_of_ones_own(folder) -> None:
     exec(script("preference_loss"), names)
     own = small | {"calibration.loss": "preference_loss", '"pruned"': '"own"'}
     exec(script("load_calibration", own), names | {"model": tiny_model()})
-    assert any(not torch.equal(a, b) for a, b in zip(margin.ranks, Trajectory.load("own").ranks))
+    assert any(not torch.equal(a, b) for a, b in zip(margin.order, Trajectory.load("own").order))

@@ -15,7 +15,7 @@ from gisp_hf.evaluation.answers import exact_match
 from gisp_hf.evaluation.choices import multiple_choice_accuracy
 from gisp_hf.evaluation.perplexity import perplexity
 from gisp_hf.evaluation.suites import evaluate_suite
-from gisp_hf.hub import LevelInfo, read_levels, write_metrics
+from gisp_hf.levels.info import LevelInfo, read_levels, write_metrics
 
 WIKITEXT2 = "wikitext2"
 

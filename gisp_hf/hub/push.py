@@ -24,7 +24,7 @@ from gisp_hf.config import level_name
 from gisp_hf.hub.failures import PushError
 from gisp_hf.hub.repository import START_BRANCH, Content, Files, Repository, is_not_attributes
 from gisp_hf.levels.info import LEVELS_FILE, METRICS_FILE, LevelInfo, check_metrics, levels_json, read_levels
-from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE
 
 MAIN = "main"
 CARD_FILE = "README.md"
@@ -235,7 +235,7 @@ def _level_files(folder: Path) -> Files:
 
 def _main_files(plan: _Plan, levels: Sequence[LevelInfo]) -> Files:
     """The mildest level, but with the card, the table and the trajectory of all of them."""
-    own = all((plan.folder / name).is_file() for name in (RANKS_FILE, FACTS_FILE))
+    own = all((plan.folder / name).is_file() for name in (ORDER_FILE, FACTS_FILE))
     # A run that was cut off has saved none, but its last level knows everything that led to it.
     trajectory = plan.folder if own else plan.folder / levels[-1].name
     card = plan.folder / CARD_FILE
@@ -245,7 +245,7 @@ def _main_files(plan: _Plan, levels: Sequence[LevelInfo]) -> Files:
             for name, content in plan.files[levels[0].name].items()
             if name not in (CARD_FILE, METRICS_FILE)
         },
-        **{name: Content(trajectory / name) for name in (RANKS_FILE, FACTS_FILE)},
+        **{name: Content(trajectory / name) for name in (ORDER_FILE, FACTS_FILE)},
         **({CARD_FILE: Content(card)} if card.is_file() else {}),
         **_card_files(plan.card, MAIN, levels),
         LEVELS_FILE: Content(levels_json(levels)),
