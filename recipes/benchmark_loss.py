@@ -124,7 +124,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     }
     shown = [{**row, "megabytes": row["peak_bytes"] / 1e6} for row in rows]
     print(format_table(shown, columns, formats={"megabytes": ",.0f", "loss_error": ".0e", "gradient_error": ".0e"}))
-    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocabulary", "chunk_tokens")}
+    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocabulary", "chunk_tokens", "repeats")}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), **sizes, "rows": rows}
 
 
