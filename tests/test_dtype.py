@@ -35,12 +35,14 @@ def test_a_gpu_is_asked_first(has_units, wanted, monkeypatch) -> None:
 
 
 def test_a_product_is_timed_once_a_process(monkeypatch) -> None:
+    threads = torch.get_num_threads()
     first = dtype.measure_dtypes("cpu")
     assert set(first) == set(dtype.CANDIDATES) and all(speed > 0 for speed in first.values())
+    assert torch.get_num_threads() == threads
     monkeypatch.setattr(dtype, "_seconds", lambda *_: 1.0)
     assert dtype.measure_dtypes("cpu") == first
     float32, bfloat16 = first.values()
-    assert dtype.describe_dtypes("cpu") == f"float32 {float32:,.0f} GFLOP/s, bfloat16 {bfloat16:,.0f} GFLOP/s"
+    assert dtype.describe_dtypes("cpu") == f"float32 {float32:,.1f}, bfloat16 {bfloat16:,.1f} GFLOP/s"
 
 
 @pytest.mark.slow

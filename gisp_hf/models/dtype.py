@@ -6,9 +6,9 @@ import time
 import torch
 
 CANDIDATES = (torch.float32, torch.bfloat16)
-SIZE = 256  # a product takes 0.2 ms on two fast cores, and 40 ms at 1 GFLOP/s
-REPEATS = 5
-ENOUGH = 0.03  # seconds: a product that is slow anyway needs no repeat
+SIZE = 192  # a product takes 0.2 ms on a fast core, and 30 ms on one at 0.5 GFLOP/s
+REPEATS = 8
+ENOUGH = 0.05  # seconds: a product that is slow anyway needs no more repeats
 
 
 def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
@@ -37,7 +37,7 @@ def slow_factor(dtype: torch.dtype, device: torch.device | str | None = None) ->
 
 
 def measure_dtypes(device: torch.device | str | None = None) -> dict[torch.dtype, float]:
-    """GFLOP/s of float32 and bfloat16 products of two 256 x 256 matrices on ``device``, the best of five each.
+    """GFLOP/s of float32 and bfloat16 products of two 192 x 192 matrices on ``device``, a CPU by one core.
 
     Measured once a process and device: asking again costs nothing.
     """
@@ -45,14 +45,19 @@ def measure_dtypes(device: torch.device | str | None = None) -> dict[torch.dtype
 
 
 def describe_dtypes(device: torch.device | str | None = None) -> str:
-    """Why ``fast_dtype`` chooses as it does, in one line: ``float32 48 GFLOP/s, bfloat16 1 GFLOP/s``."""
+    """Why ``fast_dtype`` chooses as it does, in one line: ``float32 48.0, bfloat16 0.9 GFLOP/s``."""
     speeds = measure_dtypes(device).items()
-    return ", ".join(f"{str(dtype).removeprefix('torch.')} {speed:,.0f} GFLOP/s" for dtype, speed in speeds)
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {speed:,.1f}" for dtype, speed in speeds) + " GFLOP/s"
 
 
 @functools.cache
 def _measure(device: torch.device) -> tuple[tuple[torch.dtype, float], ...]:
-    return tuple((dtype, 2 * SIZE**3 / _seconds(dtype, device) / 1e9) for dtype in CANDIDATES)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other where other programs run, and their times tell nothing
+    try:
+        return tuple((dtype, 2 * SIZE**3 / _seconds(dtype, device) / 1e9) for dtype in CANDIDATES)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _seconds(dtype: torch.dtype, device: torch.device) -> float:
