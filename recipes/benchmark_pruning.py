@@ -1,6 +1,6 @@
 """What pruning costs: this package beside a plain masked implementation, in one run, on the same model, data and steps.
 
-    python -m recipes.benchmark_pruning                          # SmolLM2-135M on two CPU cores, about 5 minutes
+    python -m recipes.benchmark_pruning                          # SmolLM2-135M-Instruct, two CPU cores, about 5 minutes
     python -m recipes.benchmark_pruning --shape llama-2-7b       # random weights of that shape, one GPU of 80 GB
 
 (a) "masked" is the published way of working, written out below: gradients of all parameters, zeros instead of smaller

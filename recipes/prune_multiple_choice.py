@@ -33,6 +33,7 @@ from transformers import (
 from gisp_hf import GISPConfig, Trajectory
 from gisp_hf.data import load_calibration
 from gisp_hf.evaluation import multiple_choice_accuracy, perplexity
+from gisp_hf.models.dtype import describe_dtypes
 from gisp_hf.pruning.selection import removed_mask
 from gisp_hf.report import COLOURS, MARKERS, format_table
 from recipes.calibrated_run import prune
@@ -286,10 +287,13 @@ def main() -> None:
     parser.add_argument("--test-tokens", type=int, default=4096, help="held-out tokens for perplexity")
     parser.add_argument("--wrong-choices", type=int, default=1, help="wrong continuations of a calibration question")
     parser.add_argument("--batches", type=int, default=8, help="micro-batches of a step")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="default: the one that this machine is fast at"
+    )
     parser.add_argument("--keep-checkpoints", action="store_true", help="keep the pruned models in the output folder")
     options = parser.parse_args()
-    model, tokenizer = load_smollm2(getattr(torch, options.dtype))
+    model, tokenizer = load_smollm2(getattr(torch, options.dtype) if options.dtype else None)
+    print(f"{str(model.dtype).removeprefix('torch.')} weights ({describe_dtypes()})")
     calibration, held_out = split_articles(load_wikipedia())
     sizes = {"prompt_words": options.prompt_words, "choice_words": options.choice_words}
     run(

@@ -1,48 +1,118 @@
-"""Prune SmolLM2-135M to four nested levels with a plain Trainer and one callback, and show what came of it.
+"""Prune SmolLM2-135M-Instruct to four nested levels with a plain Trainer and one callback, and watch it happen.
 
     make quickstart                       # or: python -m recipes.quickstart
+    python -m recipes.quickstart --one-shot --output-dir runs/compared
 
-Hardware: two CPU cores and 6 GB of memory are enough. Time: about 12 minutes there.
-Writes to runs/quickstart: iterative/sparsity-0.20 ... 0.50 (checkpoints), iterative/trajectory.* (the removal order),
-results.json, results.md and three plots. A second run needs another folder: python -m recipes.quickstart --output-dir X
+The model is the Instruct one, unpacked from 4 bits (see recipes/demo_data.py). Hardware: two CPU cores and 5 GB of
+memory. A level shows up, with its perplexity and a sample of its text, as soon as it is reached.
+Writes to runs/quickstart (the next run: runs/quickstart-2): sparsity-0.20 ... 0.50 (checkpoints), trajectory.* (the
+removal order), results.json, results.md and three plots. `make bench` measures the speed of the levels.
 """
 
 import argparse
 import copy
 import json
+import os
+import sys
+import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
+    ProgressCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
-from gisp_hf.evaluation import measure_speed, perplexity
+from gisp_hf.config import level_name
+from gisp_hf.evaluation import evaluation_mode, perplexity
+from gisp_hf.levels.info import read_levels
+from gisp_hf.models.dtype import describe_dtypes, fast_dtype
 from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, pack_blocks, split_articles
 
+FOLDER = Path("runs/quickstart")
 BATCH_SIZE = 8  # blocks in one forward pass
+WINDOW = 256  # tokens, of perplexity
+PROMPT = "The history of the city begins in"
 COLUMNS = {
     "level": "level",
     "sparsity": "sparsity",
     "parameters": "parameters",
-    "megabytes": "file, MB",
-    "perplexity_128": "ppl, 128",
-    "perplexity_256": "ppl, 256",
-    "one_shot_256": "one shot, 256",
+    "perplexity": "perplexity",
+    "one_shot": "one shot",
     "groups_removed": "groups removed",
     "channels_removed": "channels removed",
-    "prefill": "prefill, tokens/s",
-    "decode": "decode, tokens/s",
 }
+
+
+class LiveView(TrainerCallback):
+    """Shows a run while it goes on: one line with the time left, and what each level is worth once it is reached."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: torch.Tensor, *, prompt: str) -> None:
+        self.tokenizer = tokenizer
+        self.held_out = held_out
+        self.prompt = prompt
+        self.texts: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}  # from the first step until the level is measured
+        self._names = iter(())
+        self._bar: tqdm | None = None
+        self._start = 0.0
+
+    def follow(self, levels: tuple[float, ...]) -> None:
+        self._names = iter([level_name(level) for level in levels])
+
+    def evaluate(self, model: PreTrainedModel) -> dict[str, float]:
+        """For ``GISPPruner(evaluate=...)``: called with the model at each level, the mildest first."""
+        name = next(self._names)
+        if self._bar is not None:
+            self._bar.set_description(f"measuring {name}")
+        found = self.measure(model, name)  # the pruner prints it
+        self.seconds[name] = time.perf_counter() - self._start
+        tqdm.write(f"{name} after {self.seconds[name]:.0f} s writes: {self.texts[name]!r}")
+        if self._bar is not None:
+            self._bar.set_description("pruning")
+        return found
+
+    def measure(self, model: PreTrainedModel, name: str) -> dict[str, float]:
+        """Perplexity of the held-out text; keeps what ``model`` writes after the prompt."""
+        with evaluation_mode(model):
+            inputs = self.tokenizer(self.prompt, return_tensors="pt").to(model.device)
+            output = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=24,
+                do_sample=False,
+                use_cache=True,  # it is off during the run
+            )
+        self.texts[name] = str(self.tokenizer.decode(output[0], skip_special_tokens=True))
+        return {"perplexity": perplexity(model, self.held_out, window=WINDOW)}
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+        # by batches, not steps, so that it moves every few seconds; steps become cheaper: the time left is an upper one
+        total = state.max_steps * args.gradient_accumulation_steps
+        self._bar = tqdm(total=total, desc="pruning", unit="batch", smoothing=0, dynamic_ncols=True)
+
+    def on_substep_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._bar is not None
+        self._bar.update()
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._bar is not None
+        self._bar.update()
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self._bar is not None
+        self._bar.close()
+        self._bar = None
 
 
 def prune(
@@ -52,20 +122,24 @@ def prune(
     *,
     config: GISPConfig,
     output_dir: Path,
+    view: LiveView,
 ) -> GISPPruner:
     """The part to copy: an ordinary Trainer with one more callback. Every step sees all ``blocks``."""
-    pruner = GISPPruner(config, output_dir=output_dir)
+    pruner = GISPPruner(config, output_dir=output_dir, evaluate=view.evaluate)
+    view.follow(config.sparsity_levels)
     arguments = TrainingArguments(
-        output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
+        output_dir=str(output_dir),
         max_steps=config.num_steps,
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=max(1, len(blocks) // BATCH_SIZE),
         save_strategy="no",
         report_to="none",
-        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer, callbacks=[pruner])
-    trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=blocks, processing_class=tokenizer, callbacks=[pruner, view]
+    )
+    trainer.remove_callback(ProgressCallback)  # the view has a bar
     trainer.train()
     return pruner
 
@@ -78,60 +152,61 @@ def run(
     held_out: torch.Tensor,
     output_dir: Path,
     config: GISPConfig,
-    prompt: str = "The history of the city begins in",
+    one_shot: bool = False,
+    prompt: str = PROMPT,
 ) -> list[dict[str, Any]]:
-    """Prunes ``model`` iteratively and, for comparison, a copy of it in one shot; evaluates; writes table and plots."""
-    dense = copy.deepcopy(model)
-    print(f"\n1. Pruning in {config.num_steps} steps, {len(blocks)} blocks each")
-    pruner = prune(model, tokenizer, blocks, config=config, output_dir=output_dir / "iterative")
-    print("\n2. The same score in one shot, for comparison")
-    one_shot_config = GISPConfig.from_dict({**config.to_dict(), "num_steps": 1})
-    one_shot = prune(
-        copy.deepcopy(dense), tokenizer, blocks, config=one_shot_config, output_dir=output_dir / "one-shot"
-    )
+    """Prunes ``model`` and measures every level on its way; writes table and plots.
 
-    print("\n3. Evaluating on articles that calibration never saw")
-    levels = {
-        level: AutoModelForCausalLM.from_pretrained(folder, dtype=dense.dtype)
-        for level, folder in pruner.level_folders.items()
+    Args:
+        one_shot: also remove all structures of each level at once from a copy, for comparison.
+
+    Returns:
+        One row a level, the unpruned model first.
+    """
+    copied = copy.deepcopy(model) if one_shot else None
+    view = LiveView(tokenizer, held_out, prompt=prompt)
+    dense: dict[str, Any] = {
+        "level": "dense",
+        "sparsity": 0.0,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **view.measure(model, "dense"),
+        "groups_removed": 0,
+        "channels_removed": 0,
+        "text": view.texts["dense"],
     }
-    trajectory = Trajectory.load(output_dir / "iterative")
-    speeds = measure_speed({"dense": dense, **{str(level): pruned for level, pruned in levels.items()}}, repeats=2)
-    rows = [row_of("dense", dense, speeds["dense"], held_out) | {"one_shot_256": None, "megabytes": None}]
-    for level, pruned in levels.items():
-        row = row_of(pruner.level_folders[level].name, pruned, speeds[str(level)], held_out)
-        row["megabytes"] = (pruner.level_folders[level] / "model.safetensors").stat().st_size / 1e6
-        row["sparsity"] = trajectory.sparsity_at(trajectory.prefix(level))
-        row |= removed_of(trajectory, level)
-        baseline = AutoModelForCausalLM.from_pretrained(one_shot.level_folders[level], dtype=dense.dtype)
-        row["one_shot_256"] = perplexity(baseline, held_out, window=256)
-        rows.append(row)
+    print(f"dense: perplexity {dense['perplexity']:.4f}")
+    print(f"dense writes: {dense['text']!r}")
+    print(f"\nPruning in {config.num_steps} steps of {len(blocks)} blocks of text")
+    pruner = prune(model, tokenizer, blocks, config=config, output_dir=output_dir, view=view)
+    rows = [dense]
+    trajectory = Trajectory.load(output_dir)
+    for level in read_levels(output_dir):
+        rows.append(
+            {
+                "level": level.name,
+                "sparsity": trajectory.sparsity_at(trajectory.prefix(level.sparsity)),
+                "parameters": level.parameters,
+                **level.metrics,
+                **removed_of(trajectory, level.sparsity),
+                "text": view.texts[level.name],
+                "seconds": view.seconds[level.name],
+            }
+        )
+    if copied is not None:
+        print("\nThe same score, all structures of a level at once")
+        at_once = GISPConfig.from_dict({**config.to_dict(), "num_steps": 1})
+        folder = output_dir / "one-shot"
+        baseline = prune(copied, tokenizer, blocks, config=at_once, output_dir=folder, view=view)
+        for row, level in zip(rows[1:], pruner.level_metrics, strict=True):
+            row["one_shot"] = baseline.level_metrics[level]["perplexity"]
 
-    table = format_table(rows, COLUMNS, formats={"sparsity": ".3f", "megabytes": ",.0f", "prefill": ",.0f"})
+    columns = {key: heading for key, heading in COLUMNS.items() if one_shot or key != "one_shot"}
+    table = format_table([{"one_shot": None, **row} for row in rows], columns, formats={"sparsity": ".3f"})
     (output_dir / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
     plot(trajectory, rows, output_dir)
-
-    print("\n4. One level from disk, writing")
-    folder = next(iter(pruner.level_folders.values()))
-    print(f"{folder.name}: {generate(folder, prompt)!r}")
-    print(f"\n{table}\n\nCheckpoints, table and plots are in {output_dir}")
+    print(f"\n{table}")
     return rows
-
-
-def row_of(name: str, model: PreTrainedModel, speed: Any, held_out: torch.Tensor) -> dict[str, Any]:
-    """What is measured the same way on every model, pruned or not."""
-    return {
-        "level": name,
-        "sparsity": 0.0,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "perplexity_128": perplexity(model, held_out, window=128),
-        "perplexity_256": perplexity(model, held_out, window=256),
-        "groups_removed": 0,
-        "channels_removed": 0,
-        "prefill": speed.prefill,
-        "decode": speed.decode,
-    }
 
 
 def removed_of(trajectory: Trajectory, level: float) -> dict[str, int]:
@@ -144,14 +219,10 @@ def removed_of(trajectory: Trajectory, level: float) -> dict[str, int]:
 
 def plot(trajectory: Trajectory, rows: list[dict[str, Any]], output_dir: Path) -> None:
     dense, *pruned = rows
-    plot_perplexity(
-        {
-            "one shot": [(row["sparsity"], row["one_shot_256"]) for row in pruned],
-            "iterative (GISP)": [(row["sparsity"], row["perplexity_256"]) for row in pruned],
-        },
-        output_dir / "perplexity.png",
-        baselines={"dense": dense["perplexity_256"]},
-    )
+    series = {"iterative (GISP)": [(row["sparsity"], row["perplexity"]) for row in pruned]}
+    if "one_shot" in pruned[0]:
+        series["one shot"] = [(row["sparsity"], row["one_shot"]) for row in pruned]
+    plot_perplexity(series, output_dir / "perplexity.png", baselines={"dense": dense["perplexity"]})
     removed: dict[float, dict[str, list[float]]] = {}
     for level in trajectory.config.sparsity_levels:
         kinds: dict[str, list[float]] = {"attention groups": [], "MLP channels": []}
@@ -170,33 +241,65 @@ def plot(trajectory: Trajectory, rows: list[dict[str, Any]], output_dir: Path) -
     plot_loss(losses, output_dir / "loss.png", levels=trajectory.config.sparsity_levels)
 
 
-def generate(folder: Path, prompt: str) -> str:
-    """Loads a level as anybody would, and lets it go on from ``prompt``."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=30, do_sample=False
+def free_folder(folder: Path) -> Path:
+    """``folder``, or the first of ``folder-2``, ``folder-3`` ... that is not there yet or empty. Nothing is deleted."""
+    candidates = (folder if number == 1 else folder.with_name(f"{folder.name}-{number}") for number in count(1))
+    return next(path for path in candidates if not path.exists() or not any(path.iterdir()))
+
+
+def next_steps(folder: Path) -> str:
+    """Where everything is and what to try next."""
+    programs = os.path.relpath(Path(sys.executable).parent)
+    generate = f"pipeline('text-generation', '{folder / 'sparsity-0.20'}')('{PROMPT}')"
+    return f"""
+Everything is in {folder}:
+  sparsity-0.20 ...             checkpoints that from_pretrained loads, after `import gisp_hf`
+  trajectory.*                  the order in which structures went
+  results.md, results.json      the table above, with samples of text
+  perplexity.png, removed.png, loss.png
+
+Try next:
+  {programs}/gisp-hf levels {folder}
+  {programs}/gisp-hf card {folder} --level 0.2
+  {programs}/python -c "import gisp_hf; from transformers import pipeline; print({generate})"
+  make bench                    speed of the levels
+  README.md, "Add it to your script": the same for a model and data of your own"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Prune SmolLM2-135M-Instruct to four nested levels and measure them.")
+    parser.add_argument(
+        "--output-dir", type=Path, help="must be new or empty (default: runs/quickstart, then runs/quickstart-2 ...)"
     )
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Prune SmolLM2-135M to four nested levels and measure them.")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/quickstart"), help="must be new or empty")
-    parser.add_argument("--num-steps", type=int, default=20, help="pruning steps up to 50 %%")
-    parser.add_argument("--num-blocks", type=int, default=32, help="calibration blocks of 128 tokens in each step")
-    options = parser.parse_args()
-    model, tokenizer = load_smollm2(torch.bfloat16)
+    parser.add_argument("--num-steps", type=int, default=10, help="pruning steps up to 50 %%")
+    parser.add_argument("--num-blocks", type=int, default=16, help="calibration blocks of 128 tokens in each step")
+    parser.add_argument("--test-tokens", type=int, default=4096, help="held-out tokens for perplexity")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: the one that this machine is fast at"
+    )
+    parser.add_argument("--one-shot", action="store_true", help="compare with removing all structures at once")
+    options = parser.parse_args(argv)
+    output_dir = options.output_dir or free_folder(FOLDER)
+    if output_dir != FOLDER and options.output_dir is None:
+        print(f"{FOLDER} holds the results of an earlier run; this one goes to {output_dir}")
+    dtype = getattr(torch, options.dtype) if options.dtype else fast_dtype()
+    print(f"{str(dtype).removeprefix('torch.')} weights ({describe_dtypes()})")
+    start = time.perf_counter()
+    model, tokenizer = load_smollm2(dtype)
     calibration, held_out = split_articles(load_wikipedia())
+    print(
+        f"SmolLM2-135M-Instruct, unpacked from 4 bits, and 89 Wikipedia articles: {time.perf_counter() - start:.0f} s\n"
+    )
     run(
-        model,
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         tokenizer,
         blocks=pack_blocks(calibration, tokenizer, length=128, count=options.num_blocks),
-        held_out=held_out_tokens(held_out, tokenizer),
-        output_dir=options.output_dir,
+        held_out=held_out_tokens(held_out, tokenizer, count=options.test_tokens),
+        output_dir=output_dir,
         config=GISPConfig(num_steps=options.num_steps),
+        one_shot=options.one_shot,
     )
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes\n{next_steps(output_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
+import pytest
+
 from recipes import benchmark_pruning
 
 
+@pytest.mark.slow
 def test_both_sides_remove_the_same(tmp_path, capsys) -> None:
     argv = [
         "--shape",

@@ -423,6 +423,7 @@ prune(tiny_model(), folder)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_whole_levels_or_a_temporary_folder(tmp_path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), "3"]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)

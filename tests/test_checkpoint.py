@@ -126,6 +126,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_remote_code_loads_without_the_package(tmp_path) -> None:
     folders, expected = [], []
     for family, tied in CASES:
@@ -200,6 +201,7 @@ def test_lora_trains_a_level_and_merges(llama_level, tmp_path) -> None:
     torch.testing.assert_close(merged(inputs()).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_forward_equals_eager(llama_level) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama_level)
     with torch.no_grad():

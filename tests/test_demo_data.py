@@ -80,16 +80,19 @@ def smollm2():
     return demo_data.load_smollm2(torch.float32)  # multiplied fast by every processor
 
 
+@pytest.mark.slow
 def test_the_text_is_the_documented_one(articles) -> None:
     assert len(articles) == 89 and 2.3e6 < sum(map(len, articles)) < 2.6e6
 
 
+@pytest.mark.slow
 def test_calibration_and_evaluation_share_no_article(articles) -> None:
     calibration, held_out = demo_data.split_articles(articles)
     assert not set(calibration) & set(held_out)
     assert (len(calibration), len(held_out)) == (67, 22)
 
 
+@pytest.mark.slow
 def test_the_model_has_the_documented_shape(smollm2) -> None:
     config = smollm2[0].config
     heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
@@ -97,16 +100,19 @@ def test_the_model_has_the_documented_shape(smollm2) -> None:
     assert sum(parameter.numel() for parameter in smollm2[0].parameters()) == 134_515_008
 
 
+@pytest.mark.slow
 def test_the_model_is_not_quantized_any_more(smollm2) -> None:
     model, _ = smollm2
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
 
 
+@pytest.mark.slow
 def test_the_tokenizer_gives_the_text_back(smollm2, articles) -> None:
     text, tokenizer = articles[3][:500], smollm2[1]
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.slow
 def test_the_model_reads_english(smollm2, articles) -> None:
     model, tokenizer = smollm2
     (block,) = demo_data.pack_blocks(articles[3:4], tokenizer, length=256, count=1)

@@ -35,6 +35,7 @@ def single(tmp_path_factory) -> tuple[Trajectory, Path]:
     return pruner.trajectory, folder / "levels"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_ddp_removes_what_one_process_removes(processes, tmp_path, single) -> None:
     expected, levels = single
@@ -52,6 +53,7 @@ def test_ddp_removes_what_one_process_removes(processes, tmp_path, single) -> No
     assert result.stdout.count("GISP step") + result.stderr.count("GISP step") == 5  # one process reports
 
 
+@pytest.mark.slow
 def test_where_bfloat16_orders_differ_only_near_ties_do(tmp_path, record_property) -> None:
     # In bfloat16 two processes sum other rounded numbers than one does. One step, so that a swap cannot lead to others.
     model = tiny_model(dtype=torch.bfloat16)
@@ -82,6 +84,7 @@ def test_where_bfloat16_orders_differ_only_near_ties_do(tmp_path, record_propert
     assert one.max() / one.min() > 10
 
 
+@pytest.mark.slow
 def test_a_rank_that_differs_stops_all_with_the_step(tmp_path) -> None:
     result = launch("ddp", tmp_path, processes=2, disturb={"kind": "differ", "rank": 1, "step": 3})
     assert result.returncode != 0
@@ -89,12 +92,14 @@ def test_a_rank_that_differs_stops_all_with_the_step(tmp_path) -> None:
     assert (tmp_path / "levels" / "sparsity-0.20").is_dir()  # what was saved before stays
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_brings_the_others_down(tmp_path) -> None:
     result = launch("ddp", tmp_path, processes=2, timeout=120, disturb={"kind": "die", "rank": 1, "step": 2})
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr
 
 
+@pytest.mark.slow
 def test_resume_under_ddp_and_under_another_number_of_processes(tmp_path, single) -> None:
     expected, _ = single
     saving = {"save_strategy": "steps", "save_steps": 1}
@@ -112,6 +117,7 @@ def test_resume_under_ddp_and_under_another_number_of_processes(tmp_path, single
         assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order)), processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
 def test_fsdp2_shards_give_the_order_of_one_process(family, tmp_path) -> None:
     model = tiny_model(family)

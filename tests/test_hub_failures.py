@@ -244,6 +244,7 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True], ids=["asked", "done"])
 @pytest.mark.parametrize(
     ("method", "path", "nth"),

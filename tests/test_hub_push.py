@@ -145,6 +145,7 @@ def assert_no_blob_twice(hub: HubServer) -> None:
 # What is there afterwards
 
 
+@pytest.mark.slow
 def test_four_levels_come_back_equal(loader: Loader, run: Path) -> None:
     report = push(loader.hub, run)
     assert_complete(loader.hub, run)

@@ -331,6 +331,7 @@ def test_failed_commit_is_not_repeated_by_the_client(hub: HubServer, api: HfApi)
     assert hub.total("PUT") == (1, len(WEIGHTS))  # the weights of the first try are kept
 
 
+@pytest.mark.slow
 def test_retry_after_is_obeyed(hub: HubServer, api: HfApi) -> None:
     hub.fail("POST", "/preupload/", status=429, headers={"Retry-After": "1"})
     start = time.monotonic()
@@ -415,6 +416,7 @@ HfApi().upload_file(path_or_fileobj=sys.argv[2].encode() * 1000, path_in_repo="w
 """
 
 
+@pytest.mark.slow
 def test_transformers_loads_a_branch(hub: HubServer, api: HfApi, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path / "model")

@@ -438,6 +438,7 @@ def measure(way: str, run: Path, base: Path, small_run: Path) -> tuple[int, int]
     return int(increase), int(size)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the resident size from /proc")
 def test_peak_memory_is_the_pruned_model_and_little_more(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     """Measured as resident size, in which mapped files count too, so that mapping the checkpoint would show."""

@@ -305,6 +305,7 @@ def run_one_process(folder):
             save_file(found, f"{folder}/{name}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     questions = make_questions()
     assert sum(map(len, questions)) == 30  # 2 processes x 3 rows x 5 micro-batches: no row is repeated

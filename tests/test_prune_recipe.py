@@ -66,6 +66,7 @@ def launch_on_two(values: dict) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_command_line_and_yaml_do_the_same(folder) -> None:
     first = prune.main(command_line(options(folder, "by-words")))
     assert first.calibration["tokens"] == 256 and first.trajectory.base.id == str(folder / "model")
@@ -78,6 +79,7 @@ def test_command_line_and_yaml_do_the_same(folder) -> None:
     assert not (folder / "overridden").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_on_two_processes_gives_the_same(folder) -> None:
     launch_on_two(options(folder, "launched") | {"per_device_train_batch_size": 4})
     single = prune.main(command_line(options(folder, "single")))
@@ -85,6 +87,7 @@ def test_accelerate_launch_on_two_processes_gives_the_same(folder) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found.order, single.trajectory.order))
 
 
+@pytest.mark.slow
 def test_questions_are_all_seen_in_each_step_however_they_are_cut(folder) -> None:
     task = {"data": str(folder / "questions.jsonl"), "objective": "margin", "num_blocks": 15}  # all 24
     at_once = prune.main(command_line(options(folder, "at-once") | task | {"per_device_train_batch_size": 24}))

@@ -55,6 +55,7 @@ def python(code: str, *arguments: str, hub: HubServer, home: Path, **variables: 
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_all_levels_and_a_card_on_the_hub(tmp_path) -> None:
     with HubServer(tokens={"hf_owner": "me"}) as hub:
         result = python(RUN, str(tmp_path), hub=hub, home=tmp_path / "home")

@@ -68,6 +68,7 @@ def expected(tmp_path_factory) -> dict[str, bytes]:
     return outputs(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shrink", [True, False], ids=["shrink", "zeros"])
 @pytest.mark.parametrize(
     ("step", "moment"), [(1, "on_step_begin"), (3, "on_pre_optimizer_step"), (4, "on_step_end"), (5, "on_save")]

@@ -46,6 +46,7 @@ def make_questions(count: int) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_harness_and_own_accuracy_agree_to_the_last_decimal(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     questions = make_questions(60)

@@ -46,6 +46,7 @@ def test_questions_have_one_right_choice_and_wrong_ones_from_other_articles() ->
         prune_multiple_choice.make_questions(make_articles(6), count=55, prompt_words=4, choice_words=3)
 
 
+@pytest.mark.slow
 def test_multiple_choice_recipe_measures_both_objectives(tmp_path, capsys) -> None:
     sizes = {"prompt_words": 4, "choice_words": 3}
     articles = make_articles(6)
@@ -101,6 +102,7 @@ def make_sums(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"w{4 + i} w{5 + i}", "completion": f" w{6 + i} #### {i}"} for i in range(count)]
 
 
+@pytest.mark.slow
 def test_reasoning_recipe_runs_as_its_header_says(tmp_path, monkeypatch, capsys) -> None:
     for name, count in (("train", 24), ("test", 5)):
         lines = "\n".join(map(json.dumps, make_sums(count)))
