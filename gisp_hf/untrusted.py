@@ -243,6 +243,18 @@ def _check_plain(values: Mapping[str, Any], place: str, *, most: int = TOTAL) ->
             check_number(value, where)
 
 
+def check_progress(facts: Mapping[str, Any]) -> None:
+    """Bounds the counts in the ``gisp.json`` of a checkpoint; every other value must be plain.
+
+    Raises:
+        ValueError: with the key, its value, and the bounds.
+    """
+    for key in ("global_step", "world_size", "examples_per_step"):
+        check_whole(facts.get(key), key, most=SIZE)
+    check_text(facts.get("order"), "order")
+    _check_plain(facts, "the progress")
+
+
 def check_model_config(facts: Mapping[str, Any]) -> None:
     """Bounds the sizes in the ``config.json`` of a model, before a library allocates or builds anything from them.
 

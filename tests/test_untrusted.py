@@ -15,6 +15,7 @@ from gisp_hf.untrusted import (
     check_model_config,
     check_number,
     check_object,
+    check_progress,
     check_text,
     check_trajectory,
     check_weight_map,
@@ -246,6 +247,28 @@ BLOCK, MEMBER = ("blocks", 0), ("blocks", 0, "members", 0)
 def test_a_trajectory_beyond_the_bounds(keys: tuple[str | int, ...], value: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_trajectory(changed(TRAJECTORY, *keys, value=value))
+
+
+PROGRESS = {"global_step": 4, "world_size": 1, "examples_per_step": 16, "layer_groups": 1, "order": "0" * 64}
+
+
+def test_an_honest_progress_passes() -> None:
+    check_progress(PROGRESS)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("global_step", "4", "global_step must be a whole number from 0 to 2147483647, got '4'"),
+        ("world_size", 10**30, "world_size must be a whole number"),
+        ("examples_per_step", None, "examples_per_step must be a whole number"),
+        ("order", 5, "order must be a text, got 5"),
+        ("layer_groups", 10**30, "the progress.layer_groups must be a whole number"),
+    ],
+)
+def test_a_progress_beyond_the_bounds(key: str, value: object, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_progress({**PROGRESS, key: value})
 
 
 def test_an_honest_config_passes() -> None:
