@@ -333,7 +333,6 @@ def test_materialize_refuses_a_folder_that_exists(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=False, reason="levels/save.py writes to <folder>.tmp and deletes what lies there")
 def test_materialize_leaves_a_folder_of_the_users_alone(run: Path, tmp_path: Path) -> None:
     """Beside the output, under the name that temporary folders once had."""
     (tmp_path / "model.tmp").mkdir()

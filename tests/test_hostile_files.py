@@ -217,7 +217,12 @@ LEVEL_FILES: dict[str, Change] = {
 }
 
 
-# Files that only the loading of a level reads.
+def deep_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write("model.safetensors.index.json", DEEP_OBJECT)(folder)
+
+
+# Files that only the loading of a level or of the base model reads.
 MODEL_FILES: dict[str, Change] = {
     "unknown type": put("config.json", "model_type", value="nonsense"),
     "no type": drop("config.json", "model_type"),
@@ -239,6 +244,14 @@ MODEL_FILES: dict[str, Change] = {
     "tokenizer config: an unknown class": put("tokenizer_config.json", "tokenizer_class", value={"a": 1}),
     "tokenizer: no JSON": write("tokenizer.json", "words"),
     "tokenizer: another shape": write("tokenizer.json", '{"model": 3}'),
+}
+BASE_FILES: dict[str, Change] = {
+    "ten million layers": put("config.json", "num_hidden_layers", value=10**7),
+    "one layer too many": put("config.json", "num_hidden_layers", value=7),
+    "ten thousand layers": put("config.json", "num_hidden_layers", value=10**4),
+    "no head": put("config.json", "num_attention_heads", value=0),
+    "index: deep": deep_index,
+    "weights cut off": truncate("model.safetensors"),
 }
 
 
@@ -311,3 +324,10 @@ def test_the_files_of_a_level(name: str, copy: Path, capfd: pytest.CaptureFixtur
 def test_a_level_that_cannot_be_loaded(name: str, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     MODEL_FILES[name](copy / "run" / LEVEL)
     check_refused("eval", copy, capfd)
+
+
+@pytest.mark.parametrize("name", [*MODEL_FILES, *BASE_FILES])
+def test_a_base_model_that_cannot_be_loaded(name: str, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    {**MODEL_FILES, **BASE_FILES}[name](copy / "base")
+    check_refused("materialize", copy, capfd)
+    assert not (copy / "cut").exists()
