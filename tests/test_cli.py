@@ -23,6 +23,7 @@ from gisp_hf.cli.common import say
 from gisp_hf.cli.main import COMMANDS, build_parser, main
 from gisp_hf.hub import LevelInfo, PushReport, read_levels
 from gisp_hf.hub.cards import level_card, main_card
+from gisp_hf.levels.manifest import write_manifest
 from gisp_hf.levels.materialize import load_level, materialize
 from gisp_hf.pruning.trajectory import Base
 from tests.hub_server import HubServer
@@ -231,6 +232,8 @@ def test_push_then_use_what_was_pushed(
     for folder in (mine, mine / "sparsity-0.20", mine / "sparsity-0.50"):
         trajectory = Trajectory.load(folder)
         replace(trajectory, base=Base("me/cli-base", commit, trajectory.base.fingerprint)).save(folder)
+        if folder != mine:
+            write_manifest(folder)
 
     assert main(["push", str(mine), "--repo", "me/cli-levels", "--private", "--tag", "v1"]) == 0
     out = capsys.readouterr().out.splitlines()

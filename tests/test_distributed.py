@@ -151,6 +151,7 @@ def test_one_process_has_nobody_to_disagree_with() -> None:
 
 
 def test_layer_passes_are_refused_under_ddp(tmp_path, monkeypatch) -> None:
+    from accelerate import Accelerator
     from transformers import TrainingArguments
     from transformers.training_args import ParallelMode
 
@@ -158,4 +159,5 @@ def test_layer_passes_are_refused_under_ddp(tmp_path, monkeypatch) -> None:
     pruner = GISPPruner(tiny_config(), tmp_path, layer_passes=2)
     with pytest.raises(ValueError, match="layer_passes=2 changes which parameters have a gradient, which DDP cannot"):
         args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        Accelerator(cpu=True)  # the Trainer makes one
         pruner.prepare(args, tiny_model(), use_cache=None)

@@ -212,7 +212,8 @@ def test_a_second_run_on_a_model_that_is_being_pruned_is_refused(tmp_path) -> No
     model = tiny_model()
 
     def evaluate(model):
-        gisp_hf.prune(trainer_of(model, tmp_path / "two"), tiny_config(), tmp_path / "more")
+        config = tiny_config(sparsity_levels=(0.05,))
+        gisp_hf.prune(trainer_of(model, tmp_path / "two"), config, tmp_path / "more")
 
     with pytest.raises(ValueError, match="another GISPPruner is pruning this model already"):
         prune(model, tmp_path, pruner=GISPPruner(tiny_config(), tmp_path / "levels", evaluate=evaluate))

@@ -234,7 +234,7 @@ def test_another_shape_another_family_and_a_pruned_model_are_refused(tmp_path: P
     with pytest.raises(ValueError, match=r"\(type llama\); .*other is of type mistral. Give the unpruned model"):
         load_level(run, sparsity=0.3, base_model=str(other))
     pruned = materialize(run, tmp_path / "pruned", sparsity=0.3)
-    with pytest.raises(ValueError, match=r"is of type gisp_llama \(already pruned\)"):
+    with pytest.raises(ValueError, match=r"pruned \(already pruned\) has 6 layers"):
         load_level(run, sparsity=0.3, base_model=pruned)
     assert load_level(run, sparsity=0.3, base_model=base).dtype == torch.float32
 
@@ -319,11 +319,13 @@ def test_folders_without_what_is_needed(llama: tuple[Path, Path], tmp_path: Path
 def test_nothing_half_written_stays(llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = llama
     output = tmp_path / "out" / "level"
-    stale = tmp_path / "out" / "level.tmp"
-    stale.mkdir(parents=True)
+    mine = tmp_path / "out" / "level.tmp"
+    mine.mkdir(parents=True)
+    stale = tmp_path / "out" / ".level.0123456789abcdef.tmp"  # of a run that was killed
+    stale.mkdir()
     (stale / "model-00001-of-00009.safetensors").touch()
     first = materialize(run, output, sparsity=0.3)
-    assert sorted(path.name for path in output.parent.iterdir()) == ["level"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["level", "level.tmp"]
     assert [path.name for path in first.glob("model*.safetensors")] == ["model.safetensors"]
     with pytest.raises(FileExistsError, match="level exists already; remove it or choose another"):
         materialize(run, output, sparsity=0.4)
@@ -335,7 +337,7 @@ def test_nothing_half_written_stays(llama: tuple[Path, Path], tmp_path: Path, mo
     monkeypatch.setattr(Trajectory, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
         materialize(run, tmp_path / "out" / "second", sparsity=0.3)
-    assert sorted(path.name for path in output.parent.iterdir()) == ["level"]
+    assert sorted(path.name for path in output.parent.iterdir()) == ["level", "level.tmp"]
 
 
 # ---- from the Hub ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from gisp_hf.cli.common import FOLDER_HELP, LICENSE_HELP, LOGIN, NEW_CARDS_HELP, run_folder, say
+from gisp_hf.cli.common import FOLDER_HELP, LICENSE_HELP, LOGIN, NEW_CARDS_HELP, note, run_folder, say
 from gisp_hf.hub import push_levels, read_levels
 from gisp_hf.hub.run_cards import card_writer
 
@@ -37,7 +37,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     folder = Path(run_folder(options.folder))
     card = card_writer(
-        folder, read_levels(folder), repo_id=options.repo, license=options.license, fetch=True, new=options.new_cards
+        folder,
+        read_levels(folder),
+        repo_id=options.repo,
+        license=options.license,
+        fetch=True,
+        new=options.new_cards,
+        tell=note,
     )
     report = push_levels(
         folder,

@@ -29,6 +29,7 @@ def card_writer(
     license: str | None = None,
     fetch: bool = False,
     new: bool = False,
+    tell: Callable[[str], None] = logger.warning,
 ) -> Callable[[str, Sequence[LevelInfo]], str]:
     """A function of a branch and the levels that gives the branch its card, for the ``card`` of ``push_levels``.
 
@@ -41,6 +42,7 @@ def card_writer(
         license: an identifier of the Hub; that of the base model if None.
         fetch: whether the license of the base model may be looked for on the Hub.
         new: write new cards, whatever lies in the folders.
+        tell: is given what the user should know.
 
     Raises:
         FileNotFoundError, ValueError: if there is no trajectory, or it is damaged.
@@ -50,7 +52,7 @@ def card_writer(
     cards = {MAIN: folder / CARD_FILE, **{level.name: folder / level.name / CARD_FILE for level in levels}}
     kept = {branch for branch, path in cards.items() if license is None and not new and path.is_file()}
     if fetch and license is None and len(kept) < len(cards):
-        _fetch_base_card(trajectory)
+        _fetch_base_card(trajectory, tell)
 
     def card(branch: str, pushed: Sequence[LevelInfo]) -> str:
         if branch in kept:
@@ -80,12 +82,13 @@ def _versions(level_folder: Path) -> dict[str, str]:
     return {"transformers": version} if isinstance(version, str) else {}
 
 
-def _fetch_base_card(trajectory: Trajectory) -> None:
+def _fetch_base_card(trajectory: Trajectory, tell: Callable[[str], None]) -> None:
     """Brings the base model's card into the cache, where the license of the new cards is looked for."""
     base = trajectory.base
-    if "/" not in base.id or Path(base.id).exists():
-        return  # the name of a class or a folder: the Hub need not hear it
     try:
-        hf_hub_download(base.id, CARD_FILE, revision=base.revision)
+        if "/" in base.id and not Path(base.id).exists():  # not the name of a class or a folder
+            hf_hub_download(base.id, CARD_FILE, revision=base.revision)
+            return
     except (OSError, ValueError):  # offline, or a model that is gone: a push must not fail for its license
-        logger.warning("the license of %s was not found: the cards name none; --license gives one", ascii(base.id))
+        pass
+    tell(f"the license of {ascii(base.id)} was not found: the cards name none; --license gives one")

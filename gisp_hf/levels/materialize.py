@@ -209,15 +209,15 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
     pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
     if config.model_type.removeprefix("gisp_") != wanted:
         raise ValueError(
-            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the model "
-            "that was pruned"
+            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the "
+            "unpruned model, as it was before that run"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
     if config.num_hidden_layers != level.layout.num_layers:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers); {base.label} has {config.num_hidden_layers} layers. Give "
-            "the model that was pruned"
+            "the unpruned model, as it was before that run"
         )
     dense = empty_model(config, label=base.label)
     found = discover(dense)
@@ -225,7 +225,7 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
             f"{base.label}{pruned} has {found.num_layers} layers and {found.total:,} parameters. Give the "
-            "model that was pruned"
+            "unpruned model, as it was before that run"
         )
     return dense
 
