@@ -5,13 +5,17 @@ Importing the package also teaches ``AutoModelForCausalLM.from_pretrained`` the 
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gisp_hf import deprecated
 from gisp_hf.config import GISPConfig
+from gisp_hf.levels.materialize import load_level
 from gisp_hf.models import FAMILIES
+from gisp_hf.pruner import GISPPruner, prune
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.training.callback import GISPPruner
 from gisp_hf.version import __version__
 
-__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__"]
+__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__", "load_level", "prune"]
+
+deprecated.install()
 
 for _family in FAMILIES:
     AutoConfig.register(_family.pruned_config.model_type, _family.pruned_config)

@@ -1,19 +1,32 @@
 """``GISPConfig``: the whole user surface of the method."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from gisp_hf.deprecated import accept_old_arguments, warn_renamed
+from gisp_hf.models.layout import KINDS
+from gisp_hf.pruning.methods import METHODS
 from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
 Normalization = Literal["params", "reference", "none"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("params", "reference", "none")
-Prune = Literal["both", "heads", "channels"]
-PRUNE: tuple[Prune, ...] = ("both", "heads", "channels")
+# What `prune` may say besides the name of a kind -> the kinds that are pruned; None: all.
+PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention",), "channels": ("mlp",)}
 
 
+def _with_old_minimum(old: str, count: Any, minimum_kept: Any) -> dict[str, Any]:
+    return {**(minimum_kept or {}), OLD_MINIMA[old]: count}
+
+
+# Fields of version 0.1 -> the kind in `minimum_kept`.
+OLD_MINIMA = {"min_groups": "attention", "min_channels": "mlp"}
+
+
+@accept_old_arguments(dict.fromkeys(OLD_MINIMA, "minimum_kept"), _with_old_minimum)
 @dataclass(frozen=True)
 class GISPConfig:
     """How to prune. Checked once, here; every sparsity is a fraction (0-1) of the decoder layers' parameters.
@@ -28,20 +41,27 @@ class GISPConfig:
         metadata={"help": "Sparsities at which a model is saved, increasing, each in (0, 1)."},
     )
     num_steps: int = field(
-        default=80,
-        metadata={"help": "Pruning steps up to the highest level; each is one optimizer step of the Trainer."},
+        default=None,  # type: ignore[assignment]  # filled in below
+        metadata={
+            "help": "Pruning steps up to the highest level; each is one optimizer step of the Trainer. Default: the "
+            "method's own, 80 for gisp."
+        },
     )
     schedule: Schedule = field(
         default="linear", metadata={"help": "How sparsity grows over the steps: linear, cosine or exponential."}
     )
     normalization: Normalization = field(
-        default="params",
+        default=None,  # type: ignore[arg-type]  # filled in below
         metadata={
             "help": "What a structure's score is divided by: its number of parameters (params, Eq. 9 of the paper), "
-            "the constants of the published code (reference), or nothing (none)."
+            "the constants of the published code (reference), or nothing (none). Default: the method's own, params for "
+            "gisp."
         },
     )
-    prune: Prune = field(default="both", metadata={"help": "What to remove: heads, channels or both."})
+    prune: str = field(
+        default="both",
+        metadata={"help": "What to remove: heads, channels or both; or the name of one kind of structure."},
+    )
     protect_first: float = field(
         default=0.1,
         metadata={
@@ -51,8 +71,12 @@ class GISPConfig:
     protect_last: float = field(
         default=1, metadata={"help": "Last layers never pruned: a fraction of the layers if below 1, else a count."}
     )
-    min_groups: int = field(default=1, metadata={"help": "Key/value groups that every layer keeps, at least 1."})
-    min_channels: int = field(default=1, metadata={"help": "MLP channels that every layer keeps, at least 1."})
+    minimum_kept: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Structures that every layer keeps, by kind, as in attention=2 mlp=64: at least 1, the default."
+        },
+    )
     channel_multiple: int = field(
         default=1,
         metadata={
@@ -60,11 +84,39 @@ class GISPConfig:
             "the channels removed last."
         },
     )
+    method: str = field(
+        default="gisp",
+        metadata={"help": f"How structures are scored and chosen: {', '.join(METHODS)}."},
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity_levels, (int, float)):
             object.__setattr__(self, "sparsity_levels", (self.sparsity_levels,))
         object.__setattr__(self, "sparsity_levels", tuple(float(level) for level in self.sparsity_levels))
+        self._check_levels()
+        self._fill_in_method()
+        choices = {"schedule": SCHEDULES, "normalization": NORMALIZATIONS, "prune": (*PRUNE, *KINDS)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not isinstance(self.minimum_kept, Mapping):
+            raise ValueError(
+                f"minimum_kept must map kinds to counts, such as {{'attention': 2}}, got {self.minimum_kept!r}"
+            )
+        counts = {"num_steps": self.num_steps, "channel_multiple": self.channel_multiple}
+        counts |= {f"minimum_kept[{kind!r}]": count for kind, count in self.minimum_kept.items()}
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        object.__setattr__(self, "minimum_kept", {kind: n for kind, n in self.minimum_kept.items() if n != 1})
+        for name in ("protect_first", "protect_last"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a fraction in [0, 1) or a whole number of layers, got {value!r}")
+            if value >= 1 and value != int(value):
+                raise ValueError(f"{name} must be a fraction in [0, 1) or a whole number of layers, got {value!r}")
+
+    def _check_levels(self) -> None:
         levels = self.sparsity_levels
         if not levels:
             raise ValueError("sparsity_levels is empty; give at least one, such as (0.2, 0.5)")
@@ -78,17 +130,40 @@ class GISPConfig:
             raise ValueError(
                 f"sparsity levels {levels} share a folder name ({', '.join(names)}); keep them 0.0001 apart"
             )
-        for name, choices in (("schedule", SCHEDULES), ("normalization", NORMALIZATIONS), ("prune", PRUNE)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("num_steps", "min_groups", "min_channels", "channel_multiple"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("protect_first", "protect_last"):
-            value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
-                raise ValueError(f"{name} must be a fraction in [0, 1) or a whole number of layers, got {value!r}")
+
+    def _fill_in_method(self) -> None:
+        """A method that is not known here (a file of a run with a method from outside) has gisp's defaults.
+
+        Before a run, `gisp_hf.pruning.methods.find_method` refuses it.
+        """
+        method = METHODS.get(self.method, METHODS["gisp"])
+        for name in ("num_steps", "normalization"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(method, name))
+
+    def prunes(self, kind: str) -> bool:
+        """Whether structures of this kind may go."""
+        kinds = PRUNE.get(self.prune, (self.prune,))
+        return kinds is None or kind in kinds
+
+    def minimum_of(self, kind: str) -> int:
+        """Structures of this kind that every layer keeps."""
+        return self.minimum_kept.get(kind, 1)
+
+    @property
+    def min_groups(self) -> int:
+        warn_renamed("GISPConfig.min_groups", "GISPConfig.minimum_kept['attention']")
+        return self.minimum_of("attention")
+
+    @property
+    def min_channels(self) -> int:
+        warn_renamed("GISPConfig.min_channels", "GISPConfig.minimum_kept['mlp']")
+        return self.minimum_of("mlp")
+
+    @property
+    def multiples(self) -> dict[str, int]:
+        """Kind -> what the number of its structures that a layer keeps is a multiple of, where that is not 1."""
+        return multiples_of(self.channel_multiple)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sparsity_levels": list(self.sparsity_levels)}
@@ -96,7 +171,7 @@ class GISPConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GISPConfig":
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - {*known, *OLD_MINIMA})
         if unknown:
             raise TypeError(f"unknown keys {', '.join(unknown)}; GISPConfig has {', '.join(known)}")
         return cls(**values)
@@ -110,6 +185,11 @@ class GISPConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of GISPConfig's fields, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def multiples_of(channel_multiple: int) -> dict[str, int]:
+    """The multiples by kind (see `GISPConfig.multiples`) that a ``channel_multiple`` stands for."""
+    return {"mlp": channel_multiple}
 
 
 def level_name(sparsity: float) -> str:

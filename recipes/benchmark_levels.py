@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gisp_hf.evaluation.perplexity import measure_speed
+from gisp_hf.evaluation import measure_speed
 from gisp_hf.levels.info import read_levels
 from gisp_hf.models.dtype import describe_dtypes, fast_dtype
-from gisp_hf.report.plots import format_table
+from gisp_hf.report import format_table
 from recipes.demo_data import load_smollm2
 from recipes.quickstart import FOLDER
 

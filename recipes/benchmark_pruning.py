@@ -26,14 +26,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
-from gisp_hf.criteria.taylor import normalizer, score_slices
+from gisp_hf.criteria import taylor
+from gisp_hf.criteria.base import share_out
+from gisp_hf.criteria.taylor import score_entries
+from gisp_hf.levels import stage
 from gisp_hf.losses import chunked
 from gisp_hf.models import discover
 from gisp_hf.models.surgery import zero_structures
 from gisp_hf.pruning import engine
-from gisp_hf.pruning.selection import floors, parameter_budget, select
-from gisp_hf.report.plots import format_table
-from gisp_hf.training import callback
+from gisp_hf.pruning.normalization import normalizer
+from gisp_hf.pruning.selection import minimum_kept, parameter_budget, select
+from gisp_hf.report import format_table
+from gisp_hf.training import identity
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -74,8 +78,8 @@ def load(shape: str, *, blocks: int, length: int, dtype: torch.dtype) -> tuple[P
 def prune_masked(model: PreTrainedModel, data: list[dict[str, Any]], *, config: GISPConfig, batch_size: int) -> Any:
     """The plain way: every gradient, dense passes, zeros. Returns (removal order, seconds per step)."""
     layout = discover(model)
-    minimum = floors(layout, config)
-    ranks = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
+    minimum = minimum_kept(layout, config)
+    order = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
     length, seconds = 0, []
     model.train()
     for step in range(1, config.num_steps + 1):
@@ -91,17 +95,18 @@ def prune_masked(model: PreTrainedModel, data: list[dict[str, Any]], *, config: 
             for member in block.members:
                 weight = model.get_parameter(member.parameter)
                 assert weight.grad is not None
-                total += score_slices(weight, weight.grad, dim=member.dim, width=member.width)
+                entries = score_entries(weight, weight.grad, dim=member.dim)
+                total += share_out(entries, member, block.size)
             scores.append(total / normalizer(block, config.normalization) if block.size > low else None)
         budget = parameter_budget(layout, config.sparsity_levels[-1] * step / config.num_steps)
-        for number, index in select(layout, scores, ranks, minimum=minimum, budget=budget):
-            ranks[number][index] = length
+        for number, index in select(layout, scores, order, minimum=minimum, budget=budget):
+            order[number][index] = length
             length += 1
-        for block, rank in zip(layout.blocks, ranks):
-            if (rank >= 0).any():
-                zero_structures(model, block, (rank >= 0).nonzero().squeeze(1))
+        for block, positions in zip(layout.blocks, order):
+            if (positions >= 0).any():
+                zero_structures(model, block, (positions >= 0).nonzero().squeeze(1))
         seconds.append(time.perf_counter() - start)
-    return ranks, seconds
+    return order, seconds
 
 
 class _Clock(TrainerCallback):
@@ -136,8 +141,8 @@ def prune_ours(
         )
         trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[pruner, clock])
         trainer.train()
-        ranks = Trajectory.load(Path(folder) / "levels").ranks
-    return ranks, [after - before for before, after in zip(clock.times, clock.times[1:])]
+        order = Trajectory.load(Path(folder) / "levels").order
+    return order, [after - before for before, after in zip(clock.times, clock.times[1:])]
 
 
 class _Stopwatch:
@@ -165,10 +170,10 @@ def watch_parts() -> _Stopwatch:
     """Where the time of a run of ours goes; what is left over is the decoder layers, forward and backward."""
     stopwatch = _Stopwatch()
     stopwatch.watch(chunked.ChunkedLoss, "_loss", "LM head, loss and its gradient")
-    stopwatch.watch(engine, "score_slices", "scores, inside the backward pass")
+    stopwatch.watch(taylor, "score_entries", "scores, inside the backward pass")
     stopwatch.watch(engine.Engine, "advance", "ranking and slicing")
-    stopwatch.watch(callback, "save_level", "writing levels")
-    stopwatch.watch(callback, "model_fingerprint", "fingerprint of the base")
+    stopwatch.watch(stage, "save_level", "writing levels")
+    stopwatch.watch(identity, "model_fingerprint", "fingerprint of the base")
     return stopwatch
 
 
@@ -183,19 +188,19 @@ def child(side: str, options: argparse.Namespace) -> None:
     config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,))
     parts: dict[str, float] = {}
     if side == "masked":
-        ranks, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
+        order, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
     else:
         chunk = options.chunk_tokens or None
         stopwatch = watch_parts()
         start = time.perf_counter()
-        ranks, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
+        order, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
         parts = stopwatch.seconds
         parts["decoder layers, Trainer, rest"] = time.perf_counter() - start - sum(parts.values())
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    order = torch.cat(list(ranks)).tolist()
+    order = torch.cat(list(order)).tolist()
     print("RESULT " + json.dumps({"seconds": seconds, "peak": peak, "order": order, "parts": parts}))
 
 

@@ -1,11 +1,11 @@
-"""Pruning on a calibration set of `gisp_hf.data.calibration`: what the recipes for tasks share."""
+"""Pruning on a calibration set of `gisp_hf.data`: what the recipes for tasks share."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 from gisp_hf import GISPConfig, GISPPruner
-from gisp_hf.data.calibration import Calibration
+from gisp_hf.data import Calibration
 
 
 def prune(

@@ -155,7 +155,7 @@ def pack_blocks(
 def held_out_tokens(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, count: int = HELD_OUT_TOKENS
 ) -> torch.Tensor:
-    """(count,) tokens from all over the held-out texts, for ``gisp_hf.evaluation.perplexity.perplexity``.
+    """(count,) tokens from all over the held-out texts, for ``gisp_hf.evaluation.perplexity``.
 
     They come in stretches of 256 connected tokens: evaluate with windows of 256, 128, 64, ... tokens.
 

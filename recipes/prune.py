@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, GISPPruner
-from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data import load_calibration
 
 
 @dataclass
@@ -61,7 +61,7 @@ class PruneArguments:
     protect_first: float = field(default=0.1, metadata={"help": "First layers kept whole: fraction or count."})
     protect_last: float = field(default=1, metadata={"help": "Last layers kept whole: fraction or count."})
     channel_multiple: int = field(default=1, metadata={"help": "Channels per layer are a multiple of this."})
-    layer_groups: int = field(default=1, metadata={"help": "Score the layers in this many passes, to save memory."})
+    layer_passes: int = field(default=1, metadata={"help": "Score the layers in this many passes, to save memory."})
     levels_dir: str | None = field(default=None, metadata={"help": "Where levels go; output_dir/levels by default."})
     push_levels_to: str | None = field(default=None, metadata={"help": "Hub repository for the levels, owner/name."})
 
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> GISPPruner:
     names = {f.name for f in fields(GISPConfig)} & {f.name for f in fields(PruneArguments)}
     config = GISPConfig.from_dict({name: getattr(options, name) for name in names})
     if args.max_steps < 0:
-        args.max_steps = config.num_steps * options.layer_groups
+        args.max_steps = config.num_steps * options.layer_passes
 
     tokenizer = AutoTokenizer.from_pretrained(options.model_name, revision=options.model_revision)
     if tokenizer.pad_token_id is None:
@@ -115,7 +115,7 @@ def main(argv: list[str]) -> GISPPruner:
     pruner = GISPPruner(
         config,
         output_dir=options.levels_dir or f"{args.output_dir}/levels",
-        layer_groups=options.layer_groups,
+        layer_passes=options.layer_passes,
         base_model=options.model_name,
         base_revision=options.model_revision,
         calibration=calibration.provenance,

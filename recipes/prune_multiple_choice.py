@@ -31,12 +31,12 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, Trajectory
-from gisp_hf.data.calibration import load_calibration
-from gisp_hf.evaluation.choices import multiple_choice_accuracy
-from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.data import load_calibration
+from gisp_hf.evaluation import multiple_choice_accuracy, perplexity
 from gisp_hf.models.dtype import describe_dtypes
 from gisp_hf.pruning.selection import removed_mask
-from gisp_hf.report.plots import COLOURS, MARKERS, format_table
+from gisp_hf.report import format_table
+from gisp_hf.report.plots import COLOURS, MARKERS
 from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 
@@ -229,10 +229,10 @@ def removed_alike(trajectories: Sequence[Trajectory], level: float) -> float | N
     """
     removed = []
     for trajectory in trajectories:
-        length, multiple = trajectory.prefix(level), trajectory.config.channel_multiple
+        length, multiples = trajectory.prefix(level), trajectory.config.multiples
         masks = [
-            removed_mask(block, ranks, length=length, channel_multiple=multiple)
-            for block, ranks in zip(trajectory.layout.blocks, trajectory.ranks)
+            removed_mask(block, order, length=length, multiples=multiples)
+            for block, order in zip(trajectory.layout.blocks, trajectory.order)
         ]
         removed.append(torch.cat(masks))
     shares = [2 * int((a & b).sum()) / int(a.sum() + b.sum()) for a, b in combinations(removed, 2)]

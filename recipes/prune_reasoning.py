@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig
-from gisp_hf.data.calibration import Calibration, load_calibration
+from gisp_hf.data import Calibration, load_calibration
+from gisp_hf.data.files import read_json_lines
 from gisp_hf.data.sources import SOURCES, open_source
-from gisp_hf.evaluation.choices import exact_match
-from gisp_hf.report.plots import format_table
+from gisp_hf.evaluation import exact_match
+from gisp_hf.report import format_table
 from recipes.calibrated_run import prune
 
 COLUMNS = {
@@ -43,20 +44,17 @@ def load_records(name: str, *, count: int | None = None) -> list[dict[str, str]]
     """Questions to measure on: the test split of GSM8K for ``"gsm8k"``, else a .jsonl of {"prompt", "completion"}.
 
     Raises:
-        ValueError: the file holds no such records.
+        FileNotFoundError, ValueError: there is no such file, or it holds no such records.
     """
     if name == "gsm8k":
         source = SOURCES["gsm8k"]
-        rows = islice(open_source(replace(source, split="test")), count)
-        candidates = [source.read(row)[0] for row in rows]
+        rows, _ = open_source(replace(source, split="test"))
+        candidates = [source.read(row)[0] for row in islice(rows, count)]
         return [{"prompt": candidate.prompt, "completion": candidate.completion} for candidate in candidates]
-    lines = Path(name).read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines if line.strip()][:count]
+    records = read_json_lines(name, count)
     for i, record in enumerate(records):
-        if not isinstance(record, dict) or {"prompt", "completion"} - record.keys():
-            raise ValueError(f"{Path(name).name}, record {i}: prompt and completion are needed, got {record!r:.80}")
-    if not records:
-        raise ValueError(f"{Path(name).name} holds no record: give at least one line with prompt and completion")
+        if {"prompt", "completion"} - record.keys():
+            raise ValueError(f"{name}, record {i}: prompt and completion are needed, got {record!r:.80}")
     return records
 
 

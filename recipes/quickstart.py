@@ -32,10 +32,10 @@ from transformers import (
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
 from gisp_hf.config import level_name
-from gisp_hf.evaluation.perplexity import evaluation_mode, perplexity
+from gisp_hf.evaluation import evaluation_mode, perplexity
 from gisp_hf.levels.info import read_levels
 from gisp_hf.models.dtype import describe_dtypes, fast_dtype
-from gisp_hf.report.plots import format_table, plot_loss, plot_perplexity, plot_removed
+from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, pack_blocks, split_articles
 
 FOLDER = Path("runs/quickstart")

@@ -92,9 +92,10 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     from gisp_hf.levels.save import save_level
     from gisp_hf.models import discover
     from gisp_hf.models.fingerprint import fingerprint
-    from gisp_hf.models.shards import check_agreement, model_fingerprint
+    from gisp_hf.models.shards import model_fingerprint
     from gisp_hf.pruning.engine import Engine
     from gisp_hf.pruning.trajectory import Base, Trajectory
+    from gisp_hf.training.distributed import check_agreement
     from tests.tiny import tiny_blocks, tiny_tokenizer
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -109,6 +110,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     assert model_fingerprint(model.named_parameters()) == whole_fingerprint
     config = tiny_config(sparsity_levels=(0.2, 0.4))
     engine = Engine(model, layout, config, shrink=False)
+    engine.watch()
     scored = set(engine.scored_parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in scored)
@@ -123,9 +125,9 @@ def run_fsdp2(folder: Path, options: dict) -> None:
         engine.accumulate()
         dist.all_reduce = reduce
         engine.advance(target)
-        check_agreement(engine.ranks, step=1, device=torch.device("cpu"))
+        check_agreement(engine.order, step=1, device=torch.device("cpu"))
         if target in config.sparsity_levels:
-            trajectory = Trajectory(layout, tuple(r.clone() for r in engine.ranks), config, base)
+            trajectory = Trajectory(layout, tuple(r.clone() for r in engine.order), config, base)
             save_level(
                 model,
                 folder / f"sparsity-{target:.2f}",

@@ -4,9 +4,10 @@
         api = HfApi(endpoint=hub.url, token="hf_owner")
 
 It answers what a push and a load ask for, in the shapes, statuses and ``X-Error-Code`` headers of the real Hub. It can
-be told to misbehave (``fail``, ``drop``, ``lose_answer``, ``slow``), notes every request (``requests``), and shows what
-it holds (``branches``, ``head``, ``files``, ``log``). Large files travel by classic LFS to a second port, as the real
-Hub leaves them to a storage host: the client must run with ``HF_HUB_DISABLE_XET=1``. Model repositories only.
+be told to misbehave (``fail``, ``drop``, ``lose_answer``, ``hang``, ``slow``), notes every request that it answers
+(``requests``), and shows its contents (``branches``, ``head``, ``files``, ``log``). Large files travel by classic LFS
+to a second port, as the real Hub leaves them to a storage host: the client must run with ``HF_HUB_DISABLE_XET=1``.
+Model repositories only.
 """
 
 import contextlib
@@ -93,6 +94,7 @@ class HubServer:
         self.on_request: Callable[[str, str], None] = lambda method, path: None
         self.repos: dict[str, Repo] = {}
         self.lock = threading.RLock()
+        self.closed = threading.Event()
         self.faults: list[Fault] = []
         handler = type("_HubHandler", (_Handler,), {"hub": self})
         # Another port is another host to the client: it does not follow a HEAD there, and takes its token off.
@@ -108,8 +110,9 @@ class HubServer:
         self.close()
 
     def close(self) -> None:
-        """Stop listening, and cut the connections that are open at their next request."""
+        """End what hangs, stop listening, and cut the connections that are open at their next request."""
         self.faults[:] = [Fault("drop", ".*", "", times=math.inf)]
+        self.closed.set()
         for listener in self._listeners:
             listener.shutdown()
             listener.server_close()
@@ -145,6 +148,10 @@ class HubServer:
     def lose_answer(self, method: str = ".*", path_regex: str = "", *, nth: int = 1, times: float = 1) -> None:
         """Do what was asked, then close the connection without an answer."""
         self.faults.append(Fault("lose", method, path_regex, nth, times))
+
+    def hang(self, method: str = ".*", path_regex: str = "", *, nth: int = 1, times: float = 1) -> None:
+        """Read the request, then say nothing until the Hub is closed; nothing is done."""
+        self.faults.append(Fault("hang", method, path_regex, nth, times))
 
     def slow(self, method: str, path_regex: str, seconds: float) -> None:
         """Wait before each matching request."""
@@ -196,6 +203,10 @@ class _Handler(Endpoints, BaseHTTPRequestHandler):
         time.sleep(faults["slow"].seconds if "slow" in faults else 0)
         length = int(self.headers.get("Content-Length", 0))
         self.body = self.rfile.read(length // 2 if "drop" in faults else length)
+        if "hang" in faults:
+            self.hub.closed.wait()
+            self.close_connection = True
+            return
         if "drop" in faults or len(self.body) < length:  # a body that ends early: the client was killed
             reply = None
         elif "fail" in faults:

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Features
-from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from datasets.packaged_modules.parquet.parquet import Parquet
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf.data.calibration import CandidateCollator, LongCompletionError, encode_completion, load_calibration
+from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data.encoding import CandidateCollator
 from gisp_hf.data.sources import MIXTURES, SOURCES
 from gisp_hf.losses.objectives import decode_weights, language_modeling_loss, margin_loss
-from tests.test_tasks import HUB
+from tests.test_sources import HUB
 from tests.tiny import tiny_model, tiny_tokenizer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -28,19 +31,37 @@ def cache(tmp_path, monkeypatch):
 def hub(monkeypatch):
     """A Hub of small data sets: ``hub.rows[name] = [...]``; every call is kept in ``hub.calls``."""
 
-    hub, real = SimpleNamespace(rows={}, calls=[]), datasets.load_dataset
+    hub = SimpleNamespace(rows={}, calls=[])
 
-    def load(path, config=None, **options):
-        if path in ("json", "parquet", "text"):
-            return real(path, config, **options)
-        hub.calls.append((path, config, options))
-        (name,) = [n for n, s in SOURCES.items() if (s.hub_id, s.config) == (path, config)]
-        features = Features(HUB[name][0])
-        columns = {column: [row[column] for row in hub.rows[name]] for column in features}
-        dataset = datasets.Dataset.from_dict(columns, features=features)
-        return dataset.to_iterable_dataset() if options["streaming"] else dataset
+    class Builder:
+        """The public half of `datasets.DatasetBuilder` that is used."""
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+        hash = COMMIT
+
+        def __init__(self, path, config=None, *, revision):
+            self.call = {"hub_id": path, "config": config, "revision": revision}
+            (self.name,) = [n for n, s in SOURCES.items() if (s.hub_id, s.config) == (path, config)]
+            self.prepared = False
+
+        def download_and_prepare(self):
+            self.prepared = True
+
+        def as_dataset(self, *, split):
+            assert self.prepared
+            hub.calls.append({**self.call, "split": split, "streaming": False})
+            return self._rows()
+
+        def as_streaming_dataset(self, *, split):
+            assert not self.prepared
+            hub.calls.append({**self.call, "split": split, "streaming": True})
+            return self._rows().to_iterable_dataset()
+
+        def _rows(self):
+            features = Features(HUB[self.name][0])
+            columns = {column: [row[column] for row in hub.rows[self.name]] for column in features}
+            return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
     return hub
 
 
@@ -83,15 +104,20 @@ def test_hub_is_asked_for_the_training_split_only(hub, name):
 
     (call,) = hub.calls
     source = SOURCES[name]
-    assert call[:2] == (source.hub_id, source.config)
-    assert call[2] == {"split": "train", "revision": source.revision, "streaming": name == "c4"}
+    assert call == {
+        "hub_id": source.hub_id,
+        "config": source.config,
+        "revision": source.revision,
+        "split": "train",
+        "streaming": name == "c4",
+    }
     (recorded,) = calibration.provenance["sources"]
     assert {key: recorded[key] for key in ("name", "hub_id", "config", "split", "revision", "skipped")} == {
         "name": name,
         "hub_id": source.hub_id,
         "config": source.config,
         "split": "train",
-        "revision": source.revision,
+        "revision": COMMIT,
         "skipped": {},
     }
     assert json.loads(json.dumps(calibration.provenance)) == calibration.provenance
@@ -100,19 +126,24 @@ def test_hub_is_asked_for_the_training_split_only(hub, name):
 def test_revision_replaces_the_tables(hub):
     hub.rows["piqa"] = [HUB["piqa"][1]]
     calibration = load_calibration("piqa", tiny_tokenizer(), tokens=None, revision="abc")
-    assert hub.calls[0][2]["revision"] == calibration.provenance["sources"][0]["revision"] == "abc"
+    assert hub.calls[0]["revision"] == "abc"
+    assert calibration.provenance["sources"][0]["revision"] == COMMIT  # of that branch
+
+
+def test_a_revision_is_for_one_data_set_of_the_hub():
     with pytest.raises(ValueError, match="revision 'abc' is for one data set of the Hub, 'cmqa' is not"):
         load_calibration("cmqa", tiny_tokenizer(), revision="abc")
 
 
-def test_commit_is_read_from_where_the_data_set_is_cached(tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    folder = tmp_path / "piqa" / "default" / "0.0.0" / commit
+def test_commit_of_a_cached_data_set_is_recorded_without_the_hub(tmp_path, monkeypatch):
+    """`datasets` itself reads the cache, and its builder knows the commit."""
     features, row, _ = HUB["piqa"]
-    datasets.Dataset.from_list([row], features=Features(features)).save_to_disk(str(folder))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.load_from_disk(str(folder)))
+    datasets.Dataset.from_list([row], features=Features(features)).to_parquet(str(tmp_path / "train.parquet"))
+    folder = tmp_path / "cache" / "ybisk___piqa" / "default" / "0.0.0" / COMMIT  # as after a download
+    Parquet(dataset_name="piqa", data_files=str(tmp_path / "train.parquet")).download_and_prepare(str(folder))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     calibration = load_calibration("piqa", tiny_tokenizer(), tokens=None)
-    assert calibration.provenance["sources"][0]["revision"] == commit
+    assert calibration.provenance["sources"][0]["revision"] == COMMIT
 
 
 # --- packed blocks
@@ -159,21 +190,6 @@ def test_running_text_is_cut_before_it_is_shuffled(hub):
     calibration = load_calibration("wikitext2", tiny_tokenizer(), tokens=80, block_size=8, seed=5)
     expected = [text[at * 8 : at * 8 + 8] for at in order(len(text) // 8, seed=5)[:10]]
     assert calibration.dataset["input_ids"][:] == expected
-
-
-def test_text_file_is_one_running_text(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text("w5 w6\n\nw7\nw8 w9 w10 w11")
-    calibration = load_calibration(str(path), tiny_tokenizer(), tokens=None, block_size=3)
-    assert sorted(calibration.dataset["input_ids"][:]) == [[5, 6, 7], [8, 9, 10]]  # w11 fills no block
-
-
-def test_parquet_is_read_like_json(tmp_path):
-    rows = [{"text": words(20, number)} for number in range(8)]
-    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
-    stored = load_calibration(str(tmp_path / "a.parquet"), tiny_tokenizer(), tokens=64, block_size=32)
-    lines = load_calibration(write(tmp_path / "a.jsonl", rows), tiny_tokenizer(), tokens=64, block_size=32)
-    assert stored.provenance["sha256"] == lines.provenance["sha256"]
 
 
 # --- questions
@@ -229,7 +245,7 @@ def test_mixture_shares_one_budget_equally(hub):
 
     sources = {source["name"]: source for source in calibration.provenance["sources"]}
     assert list(sources) == list(MIXTURES["cmqa"])
-    assert {call[2]["split"] for call in hub.calls} == {"train"} and len(hub.calls) == 7
+    assert {call["split"] for call in hub.calls} == {"train"} and len(hub.calls) == 7
     costs = {name: source["tokens"] // source["records"] for name, source in sources.items()}
     assert sources["boolq"]["records"] == 5
     others = [source["tokens"] for name, source in sources.items() if name != "boolq"]
@@ -254,73 +270,6 @@ def test_other_objectives_of_a_decision_task(hub):
 
 
 # --- prompts and completions
-
-
-def marking_tokenizer():
-    """Begins with <bos>, ends with <eos>, and merges "a" with "b" across the border of prompt and completion."""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3, "b": 4, "c": 5, "ab": 6}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
-
-
-def test_prompt_is_masked_and_special_tokens_are_kept():
-    encoded = encode_completion("cca", "cb", tokenizer=marking_tokenizer(), max_length=20)
-    assert encoded == {"input_ids": [1, 5, 5, 3, 5, 4, 2], "labels": [-100, -100, -100, -100, 5, 4, 2]}
-
-
-def test_a_token_across_the_border_belongs_to_the_completion():
-    encoded = encode_completion("ca", "bc", tokenizer=marking_tokenizer(), max_length=20)
-    assert encoded == {"input_ids": [1, 5, 6, 5, 2], "labels": [-100, -100, 6, 5, 2]}
-
-
-@pytest.mark.parametrize(
-    "max_length, expected",
-    [(9, [1, 3, 5, 4, 5, 3, 5, 5, 2]), (8, [1, 5, 4, 5, 3, 5, 5, 2]), (6, [1, 5, 3, 5, 5, 2]), (5, [5, 3, 5, 5, 2])],
-)
-def test_truncation_cuts_the_prompt_from_the_left(max_length, expected):
-    """<bos> a c b c | a c c <eos>: the answer stays whole, and so does the mark at the beginning."""
-    encoded = encode_completion("acbc", "acc", tokenizer=marking_tokenizer(), max_length=max_length)
-    assert encoded == {"input_ids": expected, "labels": [-100] * (max_length - 4) + [3, 5, 5, 2]}
-
-
-def test_an_answer_that_does_not_fit_is_refused():
-    with pytest.raises(LongCompletionError, match="completion of 4 tokens .* max_length=4: use at least 5"):
-        encode_completion("acbc", "acc", tokenizer=marking_tokenizer(), max_length=4)
-
-
-CHAT = (
-    "{% for message in messages %}{{ message['role'] }} w9 {{ message['content'] }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant w9 {% endif %}"
-)
-
-
-def test_messages_go_through_the_chat_template(tmp_path):
-    tokenizer = tiny_tokenizer()
-    prompt = [{"role": "user", "content": "w20 w21"}]
-    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
-        encode_completion(prompt, "w40", tokenizer=tokenizer, max_length=32)
-    tokenizer.chat_template = CHAT
-    unknown = 3  # both role names
-    expected = {
-        "input_ids": [unknown, 9, 20, 21, 2, unknown, 9, 40, 41, 2],
-        "labels": [-100] * 7 + [40, 41, 2],
-    }
-    assert encode_completion(prompt, "w40 w41", tokenizer=tokenizer, max_length=32) == expected
-    path = write(tmp_path / "chat.jsonl", [{"prompt": prompt, "completion": "w40 w41"}])
-    assert load_calibration(path, tokenizer, tokens=None).dataset[:] == {key: [ids] for key, ids in expected.items()}
-
-
-def test_collator_pads_right_and_lays_candidates_out_as_rows():
-    collate = CandidateCollator(tiny_tokenizer())
-    flat = collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}])
-    assert flat["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert flat["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert flat["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-    nested = collate([{"input_ids": [[5, 6, 7], [8]], "labels": torch.tensor([[1, 6, 7], [8, 9, 10]])[:, :1].tolist()}])
-    assert nested["input_ids"].tolist() == flat["input_ids"].tolist()
 
 
 class KeepGradients(TrainerCallback):
@@ -392,42 +341,54 @@ def test_unknown_name_lists_what_there_is():
         load_calibration("absent.jsonl", tiny_tokenizer())
 
 
-def test_impossible_requests_are_refused_before_anything_is_loaded(hub):
-    tokenizer = tiny_tokenizer()
-    for message, name, options in [
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
         (
-            r"tokens \(1000\) must be a multiple of block_size \(256\), as blocks are full: use 1024",
             "c4",
             {"tokens": 1000},
+            r"tokens \(1000\) must be a multiple of block_size \(256\), as blocks are full: use 1024",
         ),
-        ("tokens must be at least 1, got 0", "piqa", {"tokens": 0}),
-        ("block_size must be at least 2, got 1", "piqa", {"block_size": 1}),
-        ("c4 is streamed and practically endless", "c4", {"tokens": None}),
+        ("piqa", {"tokens": 0}, "tokens must be at least 1, got 0"),
+        ("piqa", {"block_size": 1}, "block_size must be at least 2, got 1"),
+        ("c4", {"tokens": None}, "c4 is streamed and practically endless"),
         (
-            "c4 cannot be calibrated with objective 'margin': choose one of language_modeling",
             "c4",
             {"objective": "margin"},
+            "c4 cannot be .* 'margin': choose one of language_modeling",
         ),
-        ("gsm8k cannot .* choose one of completion, language_modeling", "gsm8k", {"objective": "margin"}),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load_calibration(name, tokenizer, **options)
-    tokenizer.pad_token = None
-    for attempt in (lambda: load_calibration("c4", tokenizer), lambda: CandidateCollator(tokenizer)):
-        with pytest.raises(ValueError, match="the tokenizer has no pad token: set one"):
-            attempt()
+        ("gsm8k", {"objective": "margin"}, "gsm8k cannot .* choose one of completion, language_modeling"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_loaded(hub, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_calibration(name, tiny_tokenizer(), **options)
     assert not hub.calls
 
 
-def test_too_little_data_is_refused(hub):
-    hub.rows["gsm8k"] = [{"question": "w5", "answer": "w6"}]
-    with pytest.raises(ValueError, match="gsm8k held only 6 of tokens=100 .*: lower tokens, or use tokens=None"):
-        load_calibration("gsm8k", tiny_tokenizer(), tokens=100)
-    with pytest.raises(ValueError, match="gsm8k gave nothing for tokens=5"):
-        load_calibration("gsm8k", tiny_tokenizer(), tokens=5)
-    hub.rows["gsm8k"] = []
-    with pytest.raises(ValueError, match="openai/gsm8k has no rows in 'train'"):
-        load_calibration("gsm8k", tiny_tokenizer())
+@pytest.mark.parametrize(
+    "use", [lambda tokenizer: load_calibration("c4", tokenizer), CandidateCollator], ids=["calibration", "collator"]
+)
+def test_a_tokenizer_without_a_pad_token_is_refused_before_anything_is_loaded(hub, use):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no pad token: set one"):
+        use(tokenizer)
+    assert not hub.calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "message"),
+    [
+        (1, 100, "gsm8k held only 6 of tokens=100 .*: lower tokens, or use tokens=None"),
+        (1, 5, "gsm8k gave nothing for tokens=5"),
+        (0, 100, "openai/gsm8k has no rows in 'train'"),
+    ],
+)
+def test_too_little_data_is_refused(hub, rows, tokens, message):
+    hub.rows["gsm8k"] = [{"question": "w5", "answer": "w6"}] * rows
+    with pytest.raises(ValueError, match=message):
+        load_calibration("gsm8k", tiny_tokenizer(), tokens=tokens)
 
 
 @pytest.mark.parametrize(
@@ -451,23 +412,6 @@ def test_a_broken_row_is_named(hub, name, changes, reason):
         load_calibration(name, tiny_tokenizer(), tokens=None)
 
 
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        ({"prompt": "w5", "correct": [" w6"], "incorrect": []}, "the question has no incorrect candidate: add one"),
-        ({"prompt": "w5", "correct": [], "incorrect": [" w6"]}, "the question has no correct candidate"),
-        ({"prompt": "w5", "correct": [" w6"], "incorrect": [" "]}, "completion ' ' is empty"),
-        ({"prompt": "", "correct": [" w6"], "incorrect": [" w7"]}, "prompt '' has no token before completion"),
-        ({"prompt": None, "correct": [" w6"], "incorrect": [" w7"]}, "no value in prompt"),
-    ],
-)
-def test_a_broken_row_of_a_file_is_named(tmp_path, row, reason):
-    good = {"prompt": "w5", "correct": [" w6"], "incorrect": [" w7"]}
-    path = write(tmp_path / "own.jsonl", [good, row, good])
-    with pytest.raises(ValueError, match=f"own.jsonl, row 1: {reason}"):
-        load_calibration(path, tiny_tokenizer(), tokens=None)
-
-
 def test_skipped_rows_are_counted(hub):
     hub.rows["openbookqa"] = [openbook(number) for number in range(5)]
     hub.rows["openbookqa"][1]["choices"]["text"][2] = words(30)
@@ -479,16 +423,3 @@ def test_skipped_rows_are_counted(hub):
     hub.rows["openbookqa"] = hub.rows["openbookqa"][3:4]
     with pytest.raises(ValueError, match=r"gave nothing .* \(skipped: .*'empty answer': 1"):
         load_calibration("openbookqa", tiny_tokenizer(), tokens=None)
-
-
-def test_files_that_fit_no_schema_are_refused(tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.touch()
-    with pytest.raises(ValueError, match="empty.jsonl is empty"):
-        load_calibration(str(empty), tiny_tokenizer())
-    other = write(tmp_path / "other.jsonl", [{"question": "w5", "answer": "w6"}])
-    with pytest.raises(ValueError, match="other.jsonl: columns answer, question fit no schema"):
-        load_calibration(other, tiny_tokenizer())
-    both = write(tmp_path / "both.jsonl", [{"prompt": "w5", "completion": "w6", "text": "w7"}])
-    with pytest.raises(ValueError, match="both.jsonl: columns .* fit more than one schema"):
-        load_calibration(both, tiny_tokenizer())

@@ -9,7 +9,8 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.sparsity_levels == (0.2, 0.3, 0.4, 0.5)
     assert (config.num_steps, config.schedule, config.normalization, config.prune) == (80, "linear", "params", "both")
     assert (config.protect_first, config.protect_last) == (0.1, 1)
-    assert (config.min_groups, config.min_channels, config.channel_multiple) == (1, 1, 1)
+    assert (config.minimum_kept, config.channel_multiple, config.method) == ({}, 1, "gisp")
+    assert config.minimum_of("attention") == config.minimum_of("mlp") == 1
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,11 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"prune": "layers"}, "prune must be one of both, heads, channels"),
         ({"protect_first": -1}, "protect_first"),
         ({"protect_last": 1.5}, "protect_last"),
-        ({"min_groups": 0}, "min_groups"),
+        (
+            {"minimum_kept": {"attention": 0}},
+            r"minimum_kept\['attention'\] must be a whole number .* got 0",
+        ),
+        ({"minimum_kept": 2}, "minimum_kept must map kinds to counts"),
         ({"channel_multiple": 0}, "channel_multiple"),
     ],
 )

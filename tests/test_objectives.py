@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf.data.calibration import CandidateCollator
+from gisp_hf.data.encoding import CandidateCollator
 from gisp_hf.losses.objectives import (
     completion_losses,
     decode_weights,

@@ -72,7 +72,7 @@ def test_command_line_and_yaml_do_the_same(folder) -> None:
     assert first.calibration["tokens"] == 256 and first.trajectory.base.id == str(folder / "model")
     (folder / "prune.yaml").write_text(yaml.safe_dump(options(folder, "overridden")))
     second = prune.main([str(folder / "prune.yaml"), "--output_dir", str(folder / "by-file")])
-    assert all(torch.equal(a, b) for a, b in zip(first.trajectory.ranks, second.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(first.trajectory.order, second.trajectory.order))
     for run in ("by-words", "by-file"):
         assert (folder / run / "levels" / "sparsity-0.40" / "model.safetensors").is_file()
     assert Trajectory.load(folder / "by-file" / "levels").calibration["sha256"] == first.calibration["sha256"]
@@ -84,7 +84,7 @@ def test_accelerate_launch_on_two_processes_gives_the_same(folder) -> None:
     launch_on_two(options(folder, "launched") | {"per_device_train_batch_size": 4})
     single = prune.main(command_line(options(folder, "single")))
     found = Trajectory.load(folder / "launched" / "levels")
-    assert all(torch.equal(a, b) for a, b in zip(found.ranks, single.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(found.order, single.trajectory.order))
 
 
 @pytest.mark.slow
@@ -93,15 +93,15 @@ def test_questions_are_all_seen_in_each_step_however_they_are_cut(folder) -> Non
     at_once = prune.main(command_line(options(folder, "at-once") | task | {"per_device_train_batch_size": 24}))
     assert (at_once.calibration["objective"], at_once.calibration["items"]) == ("margin", 24)
     pieces = prune.main(command_line(options(folder, "pieces") | task | {"per_device_train_batch_size": 5}))
-    assert all(torch.equal(a, b) for a, b in zip(at_once.trajectory.ranks, pieces.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(at_once.trajectory.order, pieces.trajectory.order))
 
     values = options(folder, "task-launched") | task | {"per_device_train_batch_size": 4}
     launch_on_two(values)
     found = Trajectory.load(folder / "task-launched" / "levels")
-    assert all(torch.equal(a, b) for a, b in zip(found.ranks, at_once.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(found.order, at_once.trajectory.order))
 
     text = prune.main(command_line(options(folder, "not-the-task")))
-    assert any(not torch.equal(a, b) for a, b in zip(text.trajectory.ranks, at_once.trajectory.ranks))
+    assert any(not torch.equal(a, b) for a, b in zip(text.trajectory.order, at_once.trajectory.order))
 
 
 def test_unknown_and_missing_options_are_named(folder, capsys) -> None:

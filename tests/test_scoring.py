@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from gisp_hf.config import GISPConfig
-from gisp_hf.criteria.taylor import normalizer, score_slices
+from gisp_hf.criteria.base import share_out
+from gisp_hf.criteria.taylor import score_entries
 from gisp_hf.models import discover
+from gisp_hf.models.layout import Member
 from gisp_hf.pruning.engine import Engine
+from gisp_hf.pruning.normalization import normalizer
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model
 
 CONFIG = GISPConfig(protect_first=0, protect_last=0)
@@ -62,6 +65,7 @@ def test_scores_equal_their_definition(family) -> None:
     engine = Engine(model, discover(model), GISPConfig(protect_first=0, protect_last=0, sparsity_levels=(0.2,)))
     attention, mlp = engine.layout.blocks
     costs = (attention.cost, mlp.cost)
+    engine.watch()
     engine.accumulate()
     torch.testing.assert_close(engine.scores[0], torch.tensor(groups) / costs[0], rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(engine.scores[1], torch.tensor(channels) / costs[1], rtol=1e-4, atol=1e-9)
@@ -72,7 +76,7 @@ def test_gradient_is_summed_before_the_absolute_value() -> None:
     weight = torch.nn.Parameter(torch.tensor([[2.0, -1.0]]))
     (weight * torch.tensor([[3.0, 1.0]])).sum().backward()
     (weight * torch.tensor([[-3.0, 1.0]])).sum().backward()
-    assert score_slices(weight, weight.grad, dim=0, width=1).tolist() == [2.0]
+    assert score_entries(weight, weight.grad, dim=0).tolist() == [2.0]
 
 
 def test_scores_of_bfloat16_are_taken_in_float32_and_leave_the_weights_alone() -> None:
@@ -80,19 +84,17 @@ def test_scores_of_bfloat16_are_taken_in_float32_and_leave_the_weights_alone() -
     weight, gradient = torch.randn(6, 50).bfloat16(), torch.randn(6, 50).bfloat16()
     before = weight.clone()
     expected = (weight.double() * gradient.double()).abs().view(3, 2, 50).sum(dim=(1, 2))
-    scores = score_slices(weight, gradient, dim=0, width=2)
+    scores = share_out(score_entries(weight, gradient, dim=0), Member("weight", 0, 2), 3)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores.double(), expected, rtol=1e-6, atol=0)
     full = weight.float()
-    score_slices(full, gradient.float(), dim=1, width=5)
+    score_entries(full, gradient.float(), dim=1)
     assert torch.equal(full, before.float()) and torch.equal(weight, before)
 
 
 def test_bad_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r"weight \(4, 2\) and gradient \(2, 4\)"):
-        score_slices(torch.ones(4, 2), torch.ones(2, 4), dim=0, width=1)
-    with pytest.raises(ValueError, match=r"width \(3\) must divide dimension 0 of \(4, 2\)"):
-        score_slices(torch.ones(4, 2), torch.ones(4, 2), dim=0, width=3)
+        score_entries(torch.ones(4, 2), torch.ones(2, 4), dim=0)
 
 
 def test_normalizers_are_those_of_paper_and_published_code() -> None:

@@ -6,9 +6,9 @@ from gisp_hf.models import discover
 from gisp_hf.models.layout import Block, Layout
 from gisp_hf.pruning.selection import (
     check_reachable,
-    floors,
     highest_sparsity,
     kept_structures,
+    minimum_kept,
     parameter_budget,
     removed_mask,
     removed_parameters,
@@ -19,14 +19,14 @@ from tests.tiny import FAMILIES, tiny_model
 
 def toy_layout(sizes=((2, 4), (2, 4)), costs=(10, 3)) -> Layout:
     blocks = tuple(
-        Block(layer=layer, kind=kind, size=size, cost=cost, reference_cost=1, members=())
+        Block(layer=layer, kind=kind, size=size, cost=cost, members=())
         for layer, pair in enumerate(sizes)
         for kind, size, cost in zip(("attention", "mlp"), pair, costs)
     )
     return Layout("toy", blocks, total=sum(block.size * block.cost for block in blocks) + 8, num_layers=len(sizes))
 
 
-def fresh_ranks(layout: Layout) -> list[torch.Tensor]:
+def fresh_order(layout: Layout) -> list[torch.Tensor]:
     return [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
 
 
@@ -51,39 +51,39 @@ def test_parameters_are_counted_exactly(family) -> None:
 def test_lowest_goes_first_over_layers_and_kinds() -> None:
     layout = toy_layout()
     scores = [torch.tensor(v) for v in ([5.0, 1.0], [0.5, 9.0, 2.0, 8.0], [7.0, 6.0], [3.0, 4.0, 0.1, 9.0])]
-    chosen = select(layout, scores, fresh_ranks(layout), minimum=[1, 1, 1, 1], budget=20)
+    chosen = select(layout, scores, fresh_order(layout), minimum=[1, 1, 1, 1], budget=20)
     assert chosen == [(3, 2), (1, 0), (0, 1), (1, 2), (3, 0)]  # 3 + 3 + 10 + 3 + 3 = 22 >= 20, and 19 < 20
 
 
 def test_ties_go_by_layer_kind_and_index() -> None:
     layout = toy_layout()
     scores = [torch.ones(block.size) for block in layout.blocks]
-    chosen = select(layout, scores, fresh_ranks(layout), minimum=[0, 0, 0, 0], budget=10**6)
+    chosen = select(layout, scores, fresh_order(layout), minimum=[0, 0, 0, 0], budget=10**6)
     assert chosen == [(number, index) for number, block in enumerate(layout.blocks) for index in range(block.size)]
 
 
-def test_floors_and_earlier_removals_are_respected() -> None:
+def test_minima_and_earlier_removals_are_respected() -> None:
     layout = toy_layout()
-    ranks = fresh_ranks(layout)
-    ranks[1][3] = 0
+    order = fresh_order(layout)
+    order[1][3] = 0
     scores = [torch.ones(block.size) for block in layout.blocks]
-    chosen = select(layout, scores, ranks, minimum=[2, 2, 1, 4], budget=10**6)
+    chosen = select(layout, scores, order, minimum=[2, 2, 1, 4], budget=10**6)
     assert chosen == [(1, 0), (2, 0)]  # block 1 keeps two, block 2 one, the others all
-    assert select(layout, scores, ranks, minimum=[0, 0, 0, 0], budget=3) == []  # 3 parameters are gone already
+    assert select(layout, scores, order, minimum=[0, 0, 0, 0], budget=3) == []  # 3 parameters are gone already
 
 
 def test_channels_are_rounded_up_by_giving_back_the_last() -> None:
-    block = Block(layer=0, kind="mlp", size=10, cost=3, reference_cost=1, members=())
-    assert [kept_structures(block, gone, 4) for gone in range(10)] == [10, 10, 8, 8, 8, 8, 4, 4, 4, 4]
-    ranks = torch.tensor([4, -1, 0, 2, -1, 1, -1, 3, -1, -1], dtype=torch.int32)
-    assert removed_mask(block, ranks, length=5, channel_multiple=1).nonzero().flatten().tolist() == [0, 2, 3, 5, 7]
-    assert removed_mask(block, ranks, length=5, channel_multiple=4).nonzero().flatten().tolist() == [2, 5]
-    assert removed_mask(block, ranks, length=1, channel_multiple=4).sum() == 0
+    block = Block(layer=0, kind="mlp", size=10, cost=3, members=())
+    assert [kept_structures(block, gone, {"mlp": 4}) for gone in range(10)] == [10, 10, 8, 8, 8, 8, 4, 4, 4, 4]
+    order = torch.tensor([4, -1, 0, 2, -1, 1, -1, 3, -1, -1], dtype=torch.int32)
+    assert removed_mask(block, order, length=5, multiples={"mlp": 1}).nonzero().flatten().tolist() == [0, 2, 3, 5, 7]
+    assert removed_mask(block, order, length=5, multiples={"mlp": 4}).nonzero().flatten().tolist() == [2, 5]
+    assert removed_mask(block, order, length=1, multiples={"mlp": 4}).sum() == 0
     layout = Layout("toy", (block,), total=30, num_layers=1)
-    assert removed_parameters(layout, [ranks], length=5, channel_multiple=4) == 6
+    assert removed_parameters(layout, [order], length=5, multiples={"mlp": 4}) == 6
     # select counts what really goes: two channels of a run of four make no difference yet
-    chosen = select(layout, [torch.arange(10.0)], fresh_ranks(layout), minimum=[1], budget=7, channel_multiple=4)
-    assert len(chosen) == 6 and kept_structures(block, 6, 4) == 4
+    chosen = select(layout, [torch.arange(10.0)], fresh_order(layout), minimum=[1], budget=7, multiples={"mlp": 4})
+    assert len(chosen) == 6 and kept_structures(block, 6, {"mlp": 4}) == 4
 
 
 def test_budget_rounds_up_and_forgives_float_noise() -> None:
@@ -94,20 +94,20 @@ def test_budget_rounds_up_and_forgives_float_noise() -> None:
     assert parameter_budget(layout, 3 * 0.1 / 0.6 * 0.5 + 1e-12) == 18
 
 
-def test_floors_follow_the_config() -> None:
+def test_minima_follow_the_config() -> None:
     layout = discover(tiny_model("llama"))
     sizes = [block.size for block in layout.blocks]
-    assert floors(layout, GISPConfig(protect_first=1, protect_last=1, min_groups=2, min_channels=5)) == (
-        sizes[:2] + [2, 5] * 4 + sizes[-2:]
-    )
-    assert floors(layout, GISPConfig(protect_first=0, protect_last=0, prune="heads")) == [1, 24] * 6
-    assert floors(layout, GISPConfig(protect_first=0, protect_last=0, prune="channels")) == [4, 1] * 6
+    assert minimum_kept(
+        layout, GISPConfig(protect_first=1, protect_last=1, minimum_kept={"attention": 2, "mlp": 5})
+    ) == (sizes[:2] + [2, 5] * 4 + sizes[-2:])
+    assert minimum_kept(layout, GISPConfig(protect_first=0, protect_last=0, prune="heads")) == [1, 24] * 6
+    assert minimum_kept(layout, GISPConfig(protect_first=0, protect_last=0, prune="channels")) == [4, 1] * 6
 
 
 def test_impossible_targets_name_the_highest_that_can_be_reached() -> None:
     layout = discover(tiny_model("llama"))
     config = GISPConfig(protect_first=2, protect_last=2)
-    highest = highest_sparsity(layout, floors(layout, config), 1)
+    highest = highest_sparsity(layout, minimum_kept(layout, config), {})
     with pytest.raises(ValueError, match=f"sparsity 0.5 cannot be reached.*highest is {int(highest * 1e4) / 1e4:.4f}"):
         check_reachable(layout, config)
     check_reachable(layout, GISPConfig(protect_first=2, protect_last=2, sparsity_levels=(int(highest * 1e4) / 1e4,)))
@@ -116,15 +116,15 @@ def test_impossible_targets_name_the_highest_that_can_be_reached() -> None:
 def test_highest_sparsity_can_really_be_reached() -> None:
     layout = discover(tiny_model("qwen2"))
     config = GISPConfig(protect_first=1, channel_multiple=8)
-    minimum = floors(layout, config)
-    highest = highest_sparsity(layout, minimum, 8)
+    minimum = minimum_kept(layout, config)
+    highest = highest_sparsity(layout, minimum, {"mlp": 8})
     scores = [torch.rand(block.size) for block in layout.blocks]
-    ranks = fresh_ranks(layout)
+    order = fresh_order(layout)
     budget = parameter_budget(layout, highest)
-    chosen = select(layout, scores, ranks, minimum=minimum, budget=budget, channel_multiple=8)
+    chosen = select(layout, scores, order, minimum=minimum, budget=budget, multiples={"mlp": 8})
     for position, (number, index) in enumerate(chosen):
-        ranks[number][index] = position
-    assert removed_parameters(layout, ranks, length=len(chosen), channel_multiple=8) == budget
+        order[number][index] = position
+    assert removed_parameters(layout, order, length=len(chosen), multiples={"mlp": 8}) == budget
 
 
 def test_more_levels_than_structures() -> None:

@@ -15,6 +15,11 @@ def random_keeps(layout, seed=0) -> list[torch.Tensor]:
     return keeps
 
 
+def keeps_of(layout, changed: dict[int, list[int]]) -> list[torch.Tensor]:
+    """All structures, but of some blocks these only."""
+    return [torch.tensor(changed.get(number, range(block.size))) for number, block in enumerate(layout.blocks)]
+
+
 def gone(block, keep) -> torch.Tensor:
     mask = torch.ones(block.size, dtype=torch.bool)
     mask[keep] = False
@@ -35,7 +40,7 @@ def test_mask_equals_slice(family) -> None:
         keeps = random_keeps(layout, seed)
         for block, keep in zip(layout.blocks, keeps):
             zero_structures(masked, block, gone(block, keep))
-            slice_structures(sliced, block, keep)
+        slice_structures(sliced, layout, keeps)
         expected, found = masked(ids).logits, sliced(ids).logits
         assert (expected - tiny_model(family)(ids).logits).abs().max() > 1e-2  # it makes a difference at all
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -50,8 +55,7 @@ def test_parameter_objects_stay_and_attributes_are_right(family) -> None:
     layout = discover(model)
     before = dict(model.named_parameters())
     keeps = random_keeps(layout)
-    for block, keep in zip(layout.blocks, keeps):
-        slice_structures(model, block, keep)
+    slice_structures(model, layout, keeps)
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert all(parameter.is_contiguous() for parameter in after.values())
@@ -71,10 +75,10 @@ def test_parameter_objects_stay_and_attributes_are_right(family) -> None:
 
 def test_slicing_twice_equals_slicing_once() -> None:
     once, twice = tiny_model("qwen2"), tiny_model("qwen2")
-    block = discover(once).blocks[3]
-    slice_structures(once, block, torch.tensor([2, 7, 20]))
-    slice_structures(twice, block, torch.tensor([0, 2, 7, 9, 20, 21]))
-    slice_structures(twice, block, torch.tensor([1, 2, 4]))
+    layout = discover(once)
+    slice_structures(once, layout, keeps_of(layout, {3: [2, 7, 20]}))
+    slice_structures(twice, layout, keeps_of(layout, {3: [0, 2, 7, 9, 20, 21]}))
+    slice_structures(twice, discover(twice), keeps_of(discover(twice), {3: [1, 2, 4]}))
     for a, b in zip(once.parameters(), twice.parameters()):
         assert torch.equal(a, b)
 
@@ -83,8 +87,9 @@ def test_gradients_flow_after_slicing() -> None:
     model = tiny_model("llama")
     ids = tiny_blocks(1)[0]["input_ids"][None]
     model(input_ids=ids, labels=ids).loss.backward()
-    block = discover(model).blocks[2]
-    slice_structures(model, block, torch.tensor([1, 3]))
+    layout = discover(model)
+    block = layout.blocks[2]
+    slice_structures(model, layout, keeps_of(layout, {2: [1, 3]}))
     assert all(model.get_parameter(member.parameter).grad is None for member in block.members)
     model(input_ids=ids, labels=ids).loss.backward()
     for member in block.members:
@@ -98,8 +103,7 @@ def test_shell_has_the_shapes_of_the_sliced_model(family) -> None:
     keeps = random_keeps(layout)
     shell = pruned_shell(model, layout, [len(keep) for keep in keeps])
     assert all(parameter.is_meta for parameter in shell.parameters())
-    for block, keep in zip(layout.blocks, keeps):
-        slice_structures(model, block, keep)
+    slice_structures(model, layout, keeps)
     shapes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (shell, model)]
     assert shapes[0] == shapes[1]
     assert type(model.config).__name__ == FAMILIES[family][0].__name__  # the shell took a copy
@@ -109,8 +113,7 @@ def test_pruned_class_describes_the_model(family) -> None:
     model = tiny_model(family)
     layout = discover(model)
     keeps = random_keeps(layout)
-    for block, keep in zip(layout.blocks, keeps):
-        slice_structures(model, block, keep)
+    slice_structures(model, layout, keeps)
     ids = tiny_blocks(1)[0]["input_ids"][None]
     before = model(ids).logits
     as_pruned_model(model, layout, [len(keep) for keep in keeps])

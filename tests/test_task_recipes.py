@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gisp_hf import GISPConfig
-from gisp_hf.data.calibration import load_calibration
+from gisp_hf.data import load_calibration
 from gisp_hf.pruning.trajectory import Trajectory
 from recipes import prune_multiple_choice, prune_reasoning
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -81,7 +81,7 @@ def test_multiple_choice_recipe_measures_both_objectives(tmp_path, capsys) -> No
     assert (tmp_path / "mc" / "accuracy.png").stat().st_size > 10_000
 
     # the two objectives are told apart down to what they remove
-    orders = [Trajectory.load(tmp_path / "mc" / f"{name}-seed0").ranks for name in prune_multiple_choice.OBJECTIVES]
+    orders = [Trajectory.load(tmp_path / "mc" / f"{name}-seed0").order for name in prune_multiple_choice.OBJECTIVES]
     assert any(not torch.equal(one, other) for one, other in zip(*orders))
 
     # how far the seeds agree, counted here one by one

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gisp_hf import Trajectory
-from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE
 from tests.runs import LEVELS, prune
 from tests.tiny import tiny_model
 
@@ -90,11 +90,11 @@ def test_another_dtype_of_the_base_is_the_base(trajectory) -> None:
 
 def test_save_equals_load_byte_for_byte(trajectory, folder, tmp_path) -> None:
     trajectory.save(tmp_path)
-    for name in (RANKS_FILE, FACTS_FILE):
+    for name in (ORDER_FILE, FACTS_FILE):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     facts = json.loads((tmp_path / FACTS_FILE).read_text())
     assert facts["config"]["sparsity_levels"] == list(LEVELS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FACTS_FILE, RANKS_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FACTS_FILE, ORDER_FILE]
 
 
 def test_missing_files(tmp_path) -> None:
@@ -107,35 +107,35 @@ def edit_facts(folder, **changes) -> None:
     (folder / FACTS_FILE).write_text(json.dumps({**facts, **changes}))
 
 
-def edit_ranks(folder, change) -> None:
-    ranks = load_file(folder / RANKS_FILE)
-    change(ranks)
-    save_file(ranks, folder / RANKS_FILE)
+def edit_order(folder, change) -> None:
+    order = load_file(folder / ORDER_FILE)
+    change(order)
+    save_file(order, folder / ORDER_FILE)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / RANKS_FILE).write_bytes(b"\x00" * 100), "cannot be used"),
+        (lambda f: (f / ORDER_FILE).write_bytes(b"\x00" * 100), "cannot be used"),
         (lambda f: (f / FACTS_FILE).write_text("{"), "cannot be used"),
         (lambda f: edit_facts(f, format=99), "has format 99"),
         (lambda f: edit_facts(f, blocks=[]), "blocks of the two files differ"),
         (lambda f: edit_facts(f, total=5), "less than the blocks hold"),
         (lambda f: edit_facts(f, config={"levels": [0.1]}), "unknown keys levels"),
         (
-            lambda f: edit_ranks(f, lambda r: r.update({"layers.1.mlp": torch.full((24,), -5, dtype=torch.int32)})),
+            lambda f: edit_order(f, lambda r: r.update({"layers.1.mlp": torch.full((24,), -5, dtype=torch.int32)})),
             "order",
         ),
         (
-            lambda f: edit_ranks(f, lambda r: r.update({"layers.1.mlp": torch.full((24,), 2**30, dtype=torch.int32)})),
+            lambda f: edit_order(f, lambda r: r.update({"layers.1.mlp": torch.full((24,), 2**30, dtype=torch.int32)})),
             "order",
         ),
         (
-            lambda f: edit_ranks(f, lambda r: r.update({"layers.1.mlp": torch.zeros(7, dtype=torch.int32)})),
+            lambda f: edit_order(f, lambda r: r.update({"layers.1.mlp": torch.zeros(7, dtype=torch.int32)})),
             "int32 of shape",
         ),
-        (lambda f: edit_ranks(f, lambda r: r.update({"layers.1.mlp": torch.zeros(24)})), "int32 of shape"),
-        (lambda f: edit_ranks(f, lambda r: r.update({"../evil": torch.zeros(1)})), "differ: ../evil"),
+        (lambda f: edit_order(f, lambda r: r.update({"layers.1.mlp": torch.zeros(24)})), "int32 of shape"),
+        (lambda f: edit_order(f, lambda r: r.update({"../evil": torch.zeros(1)})), "differ: ../evil"),
     ],
 )
 def test_damaged_or_malicious_files_are_refused(damage, message, folder, tmp_path) -> None:

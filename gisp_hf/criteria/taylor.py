@@ -1,61 +1,111 @@
-"""Importance of structures: first-order Taylor, ``sum |w * g|`` (paper, Section 3). Torch alone."""
+"""GISP's criterion: first-order Taylor, ``sum |w * g|`` over a structure's weights (arXiv 2510.18030, Section 3)."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
-from gisp_hf.models.layout import Block
+from gisp_hf.criteria.base import Criterion, Sums, share_out, sum_to_entries
+from gisp_hf.models.layout import Layout
+from gisp_hf.models.shards import is_sharded, local_rows
 
 
-def score_slices(
-    weight: torch.Tensor,
-    gradient: torch.Tensor,
-    *,
-    dim: int,
-    width: int,
-    first_row: int = 0,
-    total_rows: int | None = None,
+def score_entries(
+    weight: torch.Tensor, gradient: torch.Tensor, *, dim: int, first_row: int = 0, total_rows: int | None = None
 ) -> torch.Tensor:
-    """``sum |w * g|`` over consecutive slices of one parameter.
+    """``sum |w * g|`` of every row (``dim=0``) or column (``dim=1``) of one parameter.
 
     Args:
-        weight: the parameter, of any floating dtype; 1-D (a bias) or 2-D.
+        weight: the parameter, of any floating dtype.
         gradient: its gradient, summed over the whole calibration pass *before* this call: same shape.
-        dim: the dimension that is cut into slices; ``dim=0`` for a bias.
-        width: rows (or columns) per slice.
-        first_row, total_rows: if the two are some rows of the parameter only: where they begin, and how many the whole
-            has. The scores of all parts add up to those of the whole.
+        dim: the dimension that stays; 0 for a bias.
+        first_row, total_rows: if the two are some rows of the parameter only (`sum_to_entries`).
 
     Returns:
-        float32 of shape ``(size of the whole along dim // width,)``.
+        float32 of shape ``(length of the whole along dim,)``.
 
     Raises:
-        ValueError: if the shapes differ or ``width`` does not divide the dimension.
+        ValueError: if the shapes differ.
     """
     if weight.shape != gradient.shape:
         raise ValueError(f"weight {tuple(weight.shape)} and gradient {tuple(gradient.shape)} must have the same shape")
-    total_rows = weight.shape[0] if total_rows is None else total_rows
-    size = total_rows if dim == 0 else weight.shape[dim]
-    if size % width:
-        raise ValueError(f"width ({width}) must divide dimension {dim} of {(total_rows, *weight.shape[1:])}")
     product = weight.detach().to(torch.float32, copy=True).mul_(gradient).abs_()  # a copy: weights stay as they are
-    if product.ndim == 2:
-        product = product.sum(dim=1 - dim)
-    if dim == 0 and len(product) < total_rows:  # a shard may begin and end in the middle of a slice
-        rows = torch.zeros(total_rows, device=product.device)
-        rows[first_row : first_row + len(product)] = product
-        product = rows
-    return product.view(size // width, width).sum(dim=1)
+    return sum_to_entries(product, dim, first_row=first_row, total_rows=total_rows)
 
 
-def normalizer(block: Block, normalization: str) -> int:
-    """What the scores of a block are divided by, so that large and small structures can share one ranking.
+class Taylor(Criterion):
+    """``sum |w * g|``: the first-order estimate of how much the loss changes when a structure goes.
 
-    ``params``: the parameters of one structure (paper, Eq. 9). ``reference``: the constants of the published code,
-    ``4 * h * d`` for each query head and ``3 * I`` (not ``3 * d``) for a channel. ``none``: 1.
+    The gradient is that of the mean loss over the whole calibration pass: the absolute value is taken after summing.
+    Where the number of backward passes in a calibration pass is known, each parameter is scored inside the last one, as
+    soon as its gradient is complete, and the gradient is freed at once.
     """
-    if normalization == "params":
-        return block.cost
-    if normalization == "reference":
-        return block.reference_cost
-    if normalization == "none":
-        return 1
-    raise ValueError(f"normalization must be params, reference or none, got {normalization!r}")
+
+    needs = "weight_gradients"
+
+    def watch(self, model: nn.Module, layout: Layout, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
+        self.model = model
+        self._entries: dict[tuple[str, int], torch.Tensor] = {}  # (parameter, dimension) -> scores along it
+        self._dims: dict[str, list[int]] = {}
+        for block in layout.blocks:
+            for member in block.members:
+                dims = self._dims.setdefault(member.parameter, [])
+                dims += [] if member.dim in dims else [member.dim]
+        self._passes: Counter[str] = Counter()  # parameter -> backward passes so far
+        # A sharded parameter's gradient is complete only after the hooks of its module.
+        early = micro_batches > 0 and not is_sharded(model.parameters())
+        return self._score_early(micro_batches) if early else super().watch(model, layout)
+
+    @contextmanager
+    def _score_early(self, micro_batches: int) -> Iterator[None]:
+        handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(name, micro_batches))
+            for name in self._dims
+            if (parameter := self.model.get_parameter(name)).requires_grad  # not those of protected layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str, micro_batches: int) -> Callable[[torch.Tensor], None]:
+        def score_when_complete(parameter: torch.Tensor) -> None:
+            self._passes[name] += 1
+            if self._passes[name] == micro_batches:
+                self._score(name, parameter)
+
+        return score_when_complete
+
+    def _score(self, name: str, parameter: torch.Tensor) -> None:
+        """Turns one parameter's gradient into scores, and frees it."""
+        assert parameter.grad is not None
+        weight, gradient = local_rows(parameter), local_rows(parameter.grad)
+        for dim in self._dims[name]:
+            self._entries[name, dim] = score_entries(
+                weight.tensor, gradient.tensor, dim=dim, first_row=weight.first, total_rows=weight.total
+            )
+        parameter.grad = None
+
+    def sums(self, layout: Layout, blocks: Sequence[int]) -> Sums:
+        found: dict[tuple[int, str], torch.Tensor] = {}
+        for number in blocks:
+            block = layout.blocks[number]
+            for member in block.members:
+                name = member.parameter
+                if (name, member.dim) not in self._entries:
+                    parameter = self.model.get_parameter(name)
+                    if parameter.grad is None:
+                        raise ValueError(
+                            f"{name} has no gradient: the loss does not depend on it, or its backward pass was "
+                            "switched off. Pruning needs a loss that runs through every layer, with gradients on"
+                        )
+                    self._score(name, parameter)
+                part = share_out(self._entries[name, member.dim], member, block.size)
+                found[number, name] = found[number, name] + part if (number, name) in found else part
+        self._entries.clear()
+        self._passes.clear()
+        return found

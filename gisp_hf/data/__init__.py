@@ -1,0 +1,6 @@
+"""Text and questions -> batches, and the loss that belongs to them."""
+
+from gisp_hf.data.calibration import Calibration, load_calibration
+from gisp_hf.data.encoding import CandidateCollator, encode_completion
+
+__all__ = ["Calibration", "CandidateCollator", "encode_completion", "load_calibration"]

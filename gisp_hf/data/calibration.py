@@ -17,70 +17,32 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import datasets
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from gisp_hf.data.sources import (
-    Candidate,
-    Messages,
-    Objective,
-    Record,
-    Source,
-    choose_objective,
-    find_sources,
-    loaded_commit,
-    open_source,
-    permutation,
-    shuffled_rows,
+from gisp_hf.data.encoding import (
+    CandidateCollator,
+    EmptyCompletionError,
+    Encoded,
+    LongCompletionError,
+    encode_question,
+    encode_record,
+    pack_blocks,
+    pad_token_id,
+    tokenize,
 )
-from gisp_hf.losses.objectives import IGNORE_INDEX, encode_weight, language_modeling_loss, margin_loss
+from gisp_hf.data.records import Objective, Source
+from gisp_hf.data.sources import choose_objective, find_sources, open_source
+from gisp_hf.losses.objectives import language_modeling_loss, margin_loss
 
 # arXiv 2510.18030: 2,000 sequences of 256 tokens; and the same number of tokens for the answer sets.
 DEFAULT_TOKENS = 512_000
 # Answers get longer sequences than text: a question that is cut loses more than a document that is.
 DEFAULT_BLOCK_SIZES: dict[Objective, int] = {"language_modeling": 256, "completion": 512, "margin": 512}
-
-
-class EmptyCompletionError(ValueError):
-    """An answer without a token: there is no loss to take on it."""
-
-
-class LongCompletionError(ValueError):
-    """An answer that does not fit beside one token of its prompt."""
-
-
-class CandidateCollator:
-    """Pads sequences on the right, and lays the candidates of each question out as rows of their own.
-
-    Takes items with ``input_ids`` and ``labels``: one sequence, or a list of sequences (the candidates of a question).
-    Returns ``input_ids``, ``attention_mask`` and ``labels``, each (rows, longest), int64; padding is the pad token, 0
-    and -100. The batch size of the Trainer thus counts *items*: a batch of 4 questions of 4 candidates has 16 rows.
-
-    Args:
-        tokenizer: gives the pad token.
-
-    Raises:
-        ValueError: the tokenizer has no pad token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.pad_token_id = _pad_token_id(tokenizer)
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids = [sequence for item in features for sequence in _sequences(item["input_ids"])]
-        labels = [sequence for item in features for sequence in _sequences(item["labels"])]
-        lengths = torch.tensor([len(sequence) for sequence in input_ids])
-        return {
-            "input_ids": pad_sequence(input_ids, batch_first=True, padding_value=self.pad_token_id),
-            "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        }
 
 
 @dataclass(frozen=True)
@@ -96,7 +58,7 @@ class Calibration:
         provenance: JSON-ready record: ``name``, ``objective``, ``seed``, ``block_size``, ``tokens`` (padding not
             counted), ``sequences``, ``items`` (of ``dataset``), ``correct`` and ``incorrect`` (candidates; margin
             only), ``sha256`` (all input ids, sequence after sequence, as little-endian int64) and ``sources``: for each
-            data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit, where the loader knows it),
+            data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit; None for a local file),
             ``records`` (for a running text: blocks) and ``tokens`` drawn, and ``skipped`` (reason -> records).
     """
 
@@ -106,14 +68,6 @@ class Calibration:
     provenance: dict[str, Any]
 
 
-class _Encoded(NamedTuple):
-    """One sequence of token ids, its labels (same length), and whether it is a correct answer."""
-
-    input_ids: list[int]
-    labels: list[int]
-    correct: bool = True
-
-
 @dataclass
 class _Reading:
     """A data set being read, and what it has given so far."""
@@ -121,6 +75,7 @@ class _Reading:
     name: str
     source: Source
     dataset: datasets.Dataset | datasets.IterableDataset
+    commit: str | None
     records: int = 0
     tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -160,20 +115,18 @@ def load_calibration(
             for ``block_size``, an empty text, and an empty answer in a data set of the Hub, which the caller cannot
             mend.
     """
-    _pad_token_id(tokenizer)
+    pad_token_id(tokenizer)
     named = find_sources(name, revision=revision)
     objective = choose_objective(name, named, objective)
     block_size = DEFAULT_BLOCK_SIZES[objective] if block_size is None else block_size
     _check_sizes(name, named, objective=objective, tokens=tokens, block_size=block_size)
 
-    readings = [_Reading(label, source, open_source(source)) for label, source in named.items()]
+    readings = [_Reading(label, source, *open_source(source)) for label, source in named.items()]
     streams = [_encode(r, tokenizer, objective=objective, block_size=block_size, seed=seed) for r in readings]
     drawn = _draw(readings, streams, tokens=tokens, cut=objective == "language_modeling")
     if objective == "language_modeling":
         ids = [token for piece in drawn for sequence in piece for token in sequence.input_ids][:tokens]
-        whole = len(ids) // block_size * block_size
-        blocks = [ids[start : start + block_size] for start in range(0, whole, block_size)]
-        drawn = [[_Encoded(block, block)] for block in blocks]
+        drawn = [[block] for block in pack_blocks(ids, block_size)]
     if not drawn:
         skipped = {reading.name: dict(reading.skipped) for reading in readings}
         raise ValueError(
@@ -195,7 +148,7 @@ def load_calibration(
     if objective == "margin":
         correct = sum(sequence.correct for sequence in sequences)
         provenance |= {"correct": correct, "incorrect": len(sequences) - correct}
-        rows = [_margin_item(piece, correct=correct, incorrect=len(sequences) - correct) for piece in drawn]
+        rows = [encode_question(piece, correct=correct, incorrect=len(sequences) - correct) for piece in drawn]
         dataset = datasets.Dataset.from_list(rows)
     else:
         columns = {"input_ids": [s.input_ids for s in sequences], "labels": [s.labels for s in sequences]}
@@ -206,79 +159,6 @@ def load_calibration(
         loss=margin_loss if objective == "margin" else language_modeling_loss,
         provenance=provenance,
     )
-
-
-def encode_completion(
-    prompt: str | Messages, completion: str, *, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[int]]:
-    """Token ids of a prompt with its completion, and labels that leave only the completion in the loss.
-
-    Both are tokenized in one go, as a model sees them in use; a token that spans the border belongs to the completion.
-    Chat messages go through the tokenizer's chat template, the completion being the assistant's turn with the end mark
-    that the template gives it. What exceeds ``max_length`` is cut from the left of the prompt, except for a
-    beginning-of-text token, without which many models fall apart.
-
-    Args:
-        prompt: text, or a list of chat messages.
-        completion: follows the prompt as it stands, including the space between them.
-        tokenizer: its own special tokens are added to text, the template's to messages.
-        max_length: most tokens in the result, at least 2.
-
-    Returns:
-        ``input_ids`` and ``labels`` of the same length; labels are -100 on the prompt.
-
-    Raises:
-        EmptyCompletionError: the completion has no token, or only white space.
-        LongCompletionError: it has ``max_length`` tokens or more.
-        ValueError: the prompt has no token, so the first answer token cannot be predicted; or messages were given to a
-            tokenizer without a chat template.
-    """
-    if not completion.strip():
-        raise EmptyCompletionError(f"completion {completion!r} is empty: give the answer's text")
-    prompt_ids, ids = _tokenize_pair(prompt, completion, tokenizer)
-    start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False)))
-    length = len(ids) - start  # of the completion
-    if length == 0:
-        raise EmptyCompletionError(f"completion {completion!r} adds no token to its prompt: give the answer's text")
-    if start == 0:
-        raise ValueError(
-            f"prompt {prompt!r} has no token before completion {completion!r}: the answer's first token needs one to "
-            "be predicted from"
-        )
-    if length >= max_length:
-        raise LongCompletionError(
-            f"completion of {length} tokens leaves no room for its prompt in max_length={max_length}: "
-            f"use at least {length + 1}"
-        )
-    room = max_length - length
-    kept = ids[:start]
-    if start > room:
-        first = kept[:1] if kept[0] == tokenizer.bos_token_id and room > 1 else []
-        kept = first + kept[start - room + len(first) :]
-    return {"input_ids": kept + ids[start:], "labels": [IGNORE_INDEX] * len(kept) + ids[start:]}
-
-
-def _tokenize_pair(
-    prompt: str | Messages, completion: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt alone, and of prompt and completion together."""
-    if isinstance(prompt, str):
-        return _tokenize(prompt, tokenizer), _tokenize(prompt + completion, tokenizer)
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"prompt {prompt!r} is a list of messages, but the tokenizer has no chat template: give the prompt as "
-            "text, or set tokenizer.chat_template"
-        )
-    messages = [dict(message) for message in prompt]
-    answer = {"role": "assistant", "content": completion}
-    alone = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    answered = cast(str, tokenizer.apply_chat_template([*messages, answer], tokenize=False))
-    # The template has written its special tokens already.
-    return _tokenize(alone, tokenizer, special=False), _tokenize(answered, tokenizer, special=False)
-
-
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _check_sizes(
@@ -298,18 +178,9 @@ def _check_sizes(
         )
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "the tokenizer has no pad token: set one, for instance tokenizer.pad_token = tokenizer.eos_token "
-            "(padding is masked, so which one does not matter)"
-        )
-    return tokenizer.pad_token_id
-
-
 def _encode(
     reading: _Reading, tokenizer: PreTrainedTokenizerBase, *, objective: Objective, block_size: int, seed: int
-) -> Iterator[list[_Encoded]]:
+) -> Iterator[list[Encoded]]:
     """The data set's records in seeded order, each as its sequences: one text, or the candidates of one question."""
     if reading.source.running_text:
         yield from _cut_running_text(reading, tokenizer, block_size=block_size, seed=seed)
@@ -317,7 +188,7 @@ def _encode(
     for index, row in shuffled_rows(reading.dataset, seed):
         try:
             record = reading.source.read(row)
-            pieces = _encode_record(record, tokenizer, objective=objective, block_size=block_size)
+            pieces = encode_record(record, tokenizer, objective=objective, block_size=block_size)
         except LongCompletionError:
             reading.skipped["answer longer than block_size"] += 1
             continue
@@ -334,60 +205,28 @@ def _encode(
         yield pieces
 
 
-def _encode_record(
-    record: Record, tokenizer: PreTrainedTokenizerBase, *, objective: Objective, block_size: int
-) -> list[_Encoded]:
-    if isinstance(record, str):
-        return [_document(_tokenize(record, tokenizer), tokenizer)] if record.strip() else []
-    _check_sides(record, objective)
-    used = [candidate for candidate in record if candidate.correct or objective == "margin"]
-    if objective == "language_modeling":
-        pairs = [_tokenize_pair(candidate.prompt, candidate.completion, tokenizer) for candidate in used]
-        return [_document(answered, tokenizer) for _, answered in pairs]
-    pieces = []
-    for candidate in used:
-        row = encode_completion(candidate.prompt, candidate.completion, tokenizer=tokenizer, max_length=block_size)
-        pieces.append(_Encoded(row["input_ids"], row["labels"], candidate.correct))
-    return pieces
-
-
-def _check_sides(record: Sequence[Candidate], objective: Objective) -> None:
-    sides = {candidate.correct for candidate in record}
-    if True not in sides:
-        raise ValueError("the question has no correct candidate: give at least one")
-    if objective == "margin" and False not in sides:
-        raise ValueError("the question has no incorrect candidate: add one, or use objective 'completion'")
-
-
-def _document(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> _Encoded:
-    """A text, closed by the end-of-text token, so that the next one in a block starts afresh."""
-    end = tokenizer.eos_token_id
-    closed = ids if end is None or ids[-1:] == [end] else [*ids, end]
-    return _Encoded(closed, closed)
-
-
 def _cut_running_text(
     reading: _Reading, tokenizer: PreTrainedTokenizerBase, *, block_size: int, seed: int
-) -> Iterator[list[_Encoded]]:
+) -> Iterator[list[Encoded]]:
     """Blocks of one long text in seeded order; what is left at its end is dropped."""
-    ids = _tokenize("\n\n".join(row["text"] for row in reading.dataset), tokenizer)
-    for block in permutation(len(ids) // block_size, seed):
-        cut = ids[block * block_size : (block + 1) * block_size]
-        yield [_Encoded(cut, cut)]
+    ids = tokenize("\n\n".join(row["text"] for row in reading.dataset), tokenizer)
+    blocks = pack_blocks(ids, block_size)
+    for index in permutation(len(blocks), seed):
+        yield [blocks[index]]
 
 
 def _draw(
     readings: Sequence[_Reading],
-    streams: Sequence[Iterator[list[_Encoded]]],
+    streams: Sequence[Iterator[list[Encoded]]],
     *,
     tokens: int | None,
     cut: bool,
-) -> list[list[_Encoded]]:
+) -> list[list[Encoded]]:
     """Records up to the budget, each from the data set that has given the fewest tokens (the first of equals).
 
     ``cut`` allows the last record to exceed the budget (the caller cuts it); without it the drawing ends before that.
     """
-    drawn: list[list[_Encoded]] = []
+    drawn: list[list[Encoded]] = []
     total = 0
     still_open = list(zip(readings, streams, strict=True))
     while still_open and total != tokens:
@@ -415,22 +254,7 @@ def _draw(
     return drawn
 
 
-def _margin_item(piece: Sequence[_Encoded], *, correct: int, incorrect: int) -> dict[str, list[list[int]]]:
-    """A question as an item of the dataset, each candidate's weight in the first of its labels."""
-    weights = {True: encode_weight(correct=True, count=correct), False: encode_weight(correct=False, count=incorrect)}
-    return {
-        "input_ids": [sequence.input_ids for sequence in piece],
-        "labels": [[weights[sequence.correct], *sequence.labels[1:]] for sequence in piece],
-    }
-
-
-def _sequences(value: Any) -> list[torch.Tensor]:
-    """An item's sequences, whether it holds one or a list of them."""
-    nested = torch.as_tensor(value[0]).ndim == 1
-    return [torch.as_tensor(sequence, dtype=torch.long) for sequence in (value if nested else [value])]
-
-
-def _sha256(sequences: Sequence[_Encoded]) -> str:
+def _sha256(sequences: Sequence[Encoded]) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(struct.pack(f"<{len(sequence.input_ids)}q", *sequence.input_ids))
@@ -444,8 +268,27 @@ def _describe(reading: _Reading) -> dict[str, Any]:
         "hub_id": source.hub_id,
         "config": source.config,
         "split": source.split if source.hub_id else None,
-        "revision": loaded_commit(reading.dataset) or source.revision,
+        "revision": reading.commit or source.revision,
         "records": reading.records,
         "tokens": reading.tokens,
         "skipped": dict(reading.skipped),
     }
+
+
+_SHUFFLE_BUFFER = 10_000  # documents held while a streamed data set is shuffled
+
+
+def shuffled_rows(
+    dataset: datasets.Dataset | datasets.IterableDataset, seed: int
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows in seeded order, with their position in the split (in the shuffled stream, where there is no other)."""
+    if isinstance(dataset, datasets.IterableDataset):
+        yield from enumerate(dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
+    else:
+        for index in permutation(len(dataset), seed):
+            yield index, dataset[index]
+
+
+def permutation(length: int, seed: int) -> list[int]:
+    """0 ... length - 1 in an order that the seed fixes."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,80 +1,19 @@
-"""The calibration data sets as a table: where each one is on the Hub, which columns it has, and what a row means.
+"""The calibration data sets as a table: place on the Hub, columns, and the converter of a row to a record.
 
-A converter turns one row into a record: a string (a text), or a tuple of `Candidate` (the possible answers to one
-question; one candidate when there is nothing to choose). Prompts follow the usual zero-shot evaluation formats, so that
+Prompts follow the usual zero-shot evaluation formats, so that
 calibration and evaluation ask the same way. Converters raise ``ValueError`` with the reason; the reader adds the row.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
-import torch
 
-Objective = Literal["language_modeling", "completion", "margin"]
-Messages = Sequence[Mapping[str, str]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One possible answer.
-
-    Attributes:
-        prompt: text, or chat messages ``[{"role": ..., "content": ...}, ...]``.
-        completion: what follows the prompt, as it stands: it begins with the space that separates the two. After chat
-            messages it is the assistant's turn. Empty means that the data set has no text here.
-        correct: whether it is a right answer.
-    """
-
-    prompt: str | Messages
-    completion: str
-    correct: bool
-
-
-Record = str | tuple[Candidate, ...]
-
-
-@dataclass(frozen=True)
-class Source:
-    """One data set.
-
-    Attributes:
-        hub_id: repository on the Hub; ``None`` for a local file.
-        config: configuration within the repository.
-        columns: columns that ``convert`` reads.
-        convert: row -> record.
-        objective: what the data set is calibrated with unless the caller says otherwise.
-        revision: commit or branch to load; ``None`` is the head of main.
-        split: always a training split, so that no evaluation data reach calibration.
-        streaming: too large to download.
-        running_text: the rows are consecutive pieces of one text, not documents of their own.
-        file: path of a local file, in place of ``hub_id``.
-    """
-
-    hub_id: str | None
-    config: str | None
-    columns: tuple[str, ...]
-    convert: Callable[[Mapping[str, Any]], Record]
-    objective: Objective
-    revision: str | None = None
-    split: str = "train"
-    streaming: bool = False
-    running_text: bool = False
-    file: str | None = None
-
-    def read(self, row: Mapping[str, Any]) -> Record:
-        """The record of one row.
-
-        Raises:
-            ValueError: a column is missing or null, or the row contradicts itself.
-        """
-        missing = [column for column in self.columns if row.get(column) is None]
-        if missing:
-            raise ValueError(f"no value in {', '.join(missing)}: the columns {', '.join(self.columns)} are needed")
-        return self.convert(row)
+from gisp_hf.data.files import FILE_LOADERS, file_source, load_file, text_record
+from gisp_hf.data.records import Candidate, Objective, Record, Source
 
 
 def _choose(prompt: str, texts: Sequence[str], gold: int) -> tuple[Candidate, ...]:
@@ -102,10 +41,6 @@ def _labelled_index(labels: Sequence[str], key: str) -> int:
     if key not in labels:
         raise ValueError(f"label {key!r} is outside its choices {list(labels)}")
     return list(labels).index(key)
-
-
-def _text(row: Mapping[str, Any]) -> Record:
-    return row["text"]
 
 
 def _boolq(row: Mapping[str, Any]) -> Record:
@@ -170,25 +105,16 @@ def _gsm8k(row: Mapping[str, Any]) -> Record:
     return (Candidate(prompt, _after_space(row["answer"]), True),)
 
 
-def _completion(row: Mapping[str, Any]) -> Record:
-    return (Candidate(row["prompt"], row["completion"], True),)
-
-
-def _candidates(row: Mapping[str, Any]) -> Record:
-    sides = ((row["correct"], True), (row["incorrect"], False))
-    return tuple(Candidate(row["prompt"], text, correct) for texts, correct in sides for text in texts)
-
-
 _ARC_COLUMNS = ("question", "choices", "answerKey")
 
-# Revisions are pinned where the data set is streamed or read as one text; for the others the loader reports the commit.
+# Revisions are pinned where the data set is streamed or read as one text; the commit is recorded for all of them.
 # PIQA's main branch is a loading script, which is never run: the Hub's own Parquet conversion is read instead.
 SOURCES: dict[str, Source] = {
     "c4": Source(
         "allenai/c4",
         "en",
         ("text",),
-        _text,
+        text_record,
         "language_modeling",
         revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         streaming=True,
@@ -197,7 +123,7 @@ SOURCES: dict[str, Source] = {
         "Salesforce/wikitext",
         "wikitext-2-raw-v1",
         ("text",),
-        _text,
+        text_record,
         "language_modeling",
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
         running_text=True,
@@ -233,17 +159,6 @@ _OBJECTIVES: dict[Objective, tuple[Objective, ...]] = {
     "margin": ("margin", "completion", "language_modeling"),
 }
 
-_SHUFFLE_BUFFER = 10_000  # documents held while a streamed data set is shuffled
-
-# Loader of `datasets` for each kind of local file.
-_FILE_LOADERS: dict[str, str] = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-
-_FILE_SCHEMAS = (
-    Source(None, None, ("text",), _text, "language_modeling"),
-    Source(None, None, ("prompt", "completion"), _completion, "completion"),
-    Source(None, None, ("prompt", "correct", "incorrect"), _candidates, "margin"),
-)
-
 
 def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]:
     """The data sets behind a name of `SOURCES`, a name of `MIXTURES`, or the path of a local file, by their own names.
@@ -275,77 +190,46 @@ def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]
     if name in MIXTURES:
         return {member: SOURCES[member] for member in MIXTURES[name]}
     path = Path(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and path.suffix not in _FILE_LOADERS:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) and path.suffix not in FILE_LOADERS:
         hub_id, _, config = name.partition(":")
-        return {name: Source(hub_id, config or None, ("text",), _text, "language_modeling", streaming=True)}
-    if path.suffix not in _FILE_LOADERS or not path.is_file():
+        return {name: Source(hub_id, config or None, ("text",), text_record, "language_modeling", streaming=True)}
+    if path.suffix not in FILE_LOADERS or not path.is_file():
         known = ", ".join(sorted([*SOURCES, *MIXTURES]))
         raise ValueError(
             f"unknown calibration data {name!r}: choose one of {known}, give owner/name[:config] of a data set on "
-            f"the Hub with a column 'text', or the path of an existing {', '.join(_FILE_LOADERS)} file"
+            f"the Hub with a column 'text', or the path of an existing {', '.join(FILE_LOADERS)} file"
         )
     if not path.stat().st_size:
         raise ValueError(f"{path.name} is empty: give a file with at least one row")
-    return {path.name: _match_schema(path)}
+    return {path.name: file_source(path)}
 
 
-def _match_schema(path: Path) -> Source:
-    columns = set(_load_file(path).column_names)
-    fitting = [schema for schema in _FILE_SCHEMAS if columns.issuperset(schema.columns)]
-    if len(fitting) != 1:
-        wanted = "; ".join(", ".join(schema.columns) for schema in _FILE_SCHEMAS)
-        found = "more than one schema" if fitting else "no schema"
-        raise ValueError(
-            f"{path.name}: columns {', '.join(sorted(columns))} fit {found}: rename or drop columns so that they hold "
-            f"just one of: {wanted}"
-        )
-    return replace(fitting[0], file=str(path), running_text=path.suffix == ".txt")
-
-
-def _load_file(path: Path) -> datasets.Dataset:
-    # A text file is one document; by default `datasets` would make every line a row.
-    options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-    return datasets.load_dataset(_FILE_LOADERS[path.suffix], data_files=str(path), split="train", **options)
-
-
-def open_source(source: Source) -> datasets.Dataset | datasets.IterableDataset:
+def open_source(source: Source) -> tuple[datasets.Dataset | datasets.IterableDataset, str | None]:
     """Load the data set, or begin to stream it. No code from the Hub is run.
+
+    Returns:
+        Its rows, and the commit on the Hub that they come from: that of the cache when the Hub cannot be reached. None
+        for a local file.
 
     Raises:
         ValueError: it has no rows.
     """
+    commit = None
+    dataset: datasets.Dataset | datasets.IterableDataset
     if source.file is not None:
-        dataset = _load_file(Path(source.file))
+        dataset = load_file(Path(source.file))
     else:
-        dataset = datasets.load_dataset(
-            source.hub_id, source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
+        # the two halves of load_dataset, because the builder between them knows the commit
+        builder = datasets.load_dataset_builder(source.hub_id, source.config, revision=source.revision)
+        commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
+        if source.streaming:
+            dataset = builder.as_streaming_dataset(split=source.split)
+        else:
+            builder.download_and_prepare()
+            dataset = builder.as_dataset(split=source.split)
     if isinstance(dataset, datasets.Dataset) and len(dataset) == 0:
         raise ValueError(f"{source.file or source.hub_id} has no rows in {source.split!r}: give data with at least one")
-    return dataset
-
-
-def shuffled_rows(
-    dataset: datasets.Dataset | datasets.IterableDataset, seed: int
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Rows in seeded order, with their position in the split (in the shuffled stream, where there is no other)."""
-    if isinstance(dataset, datasets.IterableDataset):
-        yield from enumerate(dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER))
-    else:
-        for index in permutation(len(dataset), seed):
-            yield index, dataset[index]
-
-
-def permutation(length: int, seed: int) -> list[int]:
-    """0 ... length - 1 in an order that the seed fixes."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def loaded_commit(dataset: datasets.Dataset | datasets.IterableDataset) -> str | None:
-    """The commit a downloaded data set came from: `datasets` caches it under a folder of that name."""
-    files = dataset.cache_files if isinstance(dataset, datasets.Dataset) else []
-    commits = [re.search(r"[/\\]([0-9a-f]{40})[/\\]", file["filename"]) for file in files]
-    return commits[0].group(1) if commits and commits[0] else None
+    return dataset, commit
 
 
 def choose_objective(name: str, named: Mapping[str, Source], objective: Objective | None) -> Objective:

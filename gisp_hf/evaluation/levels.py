@@ -1,6 +1,5 @@
-"""What all levels of a run are worth: the same measurements on each, kept beside the level."""
+"""Evaluate every level of a run, and keep the numbers beside each level."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gisp_hf.data.files import read_json_lines
 from gisp_hf.data.sources import SOURCES, open_source
-from gisp_hf.evaluation.choices import exact_match, multiple_choice_accuracy
+from gisp_hf.evaluation.answers import exact_match
+from gisp_hf.evaluation.choices import multiple_choice_accuracy
 from gisp_hf.evaluation.perplexity import perplexity
 from gisp_hf.evaluation.suites import evaluate_suite
-from gisp_hf.hub import LevelInfo, read_levels, write_metrics
+from gisp_hf.levels.info import LevelInfo, read_levels, write_metrics
 
 WIKITEXT2 = "wikitext2"
 
@@ -56,8 +57,8 @@ def evaluate_levels(
         raise ValueError("nothing to measure: give --text, --questions, --answers or --tasks")
     levels = read_levels(repo_or_folder)
     passage = None if text is None else _read_text(text)
-    choices = None if questions is None else _read_lines(questions, limit)
-    records = None if answers is None else _read_lines(answers, limit)
+    choices = None if questions is None else read_json_lines(questions, limit)
+    records = None if answers is None else read_json_lines(answers, limit)
     folder = Path(repo_or_folder)
     return _measure_each(
         levels,
@@ -113,7 +114,7 @@ def measure(
     max_new_tokens: int = 256,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Everything that is asked for, of one model, under flat names; what has no number is left out."""
+    """The requested measurements of one model, under flat names; those without a number are left out."""
     found: dict[str, float | None] = {}
     if passage is not None:
         ids = torch.tensor(tokenizer(passage, add_special_tokens=False, verbose=False)["input_ids"])
@@ -131,28 +132,9 @@ def measure(
 
 def _read_text(name: str) -> str:
     if name == WIKITEXT2:
-        return "\n\n".join(row["text"] for row in open_source(replace(SOURCES[WIKITEXT2], split="test")))
+        rows, _ = open_source(replace(SOURCES[WIKITEXT2], split="test"))
+        return "\n\n".join(row["text"] for row in rows)
     path = Path(name)
     if not path.is_file():
         raise FileNotFoundError(f"there is no text file {name}; give one, or {WIKITEXT2}")
     return path.read_text(encoding="utf-8")
-
-
-def _read_lines(name: str, limit: int | None) -> list[dict[str, Any]]:
-    path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {name}; give a JSONL file, one object a line")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{name}, line {number} is no object but {type(row).__name__}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{name} holds no records")
-    return rows[:limit]

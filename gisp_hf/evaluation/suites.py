@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.evaluation.perplexity import evaluation_mode
+from gisp_hf.evaluation.mode import evaluation_mode
 
 # The seven decision tasks of arXiv 2510.18030, by lm-eval's names.
 CMQA_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")

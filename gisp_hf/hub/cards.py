@@ -18,7 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
-from gisp_hf.hub import LevelInfo
+from gisp_hf.levels.info import LevelInfo
+from gisp_hf.models.layout import Kind
 from gisp_hf.pruning.trajectory import Trajectory
 
 Metrics = Mapping[float, Sequence[EvalResult]]  # sparsity of a level (0.0: the unpruned model) -> what was measured
@@ -76,6 +77,7 @@ def main_card(
         raise ValueError(f"metrics has results for {unknown}, and the levels are {[lv.sparsity for lv in levels]}")
     rows = _result_rows(levels, metrics or {})
     labels = _labels(rows)
+    kinds = trajectory.layout.kinds
     total, others = trajectory.layout.total, levels[0].parameters - levels[0].decoder_parameters
     table = [["revision", "removed", "parameters", *labels, "commit"]]
     table.append(["unpruned", _percent(0), _short(others + total), *_cells(rows.get(0.0, {}), labels), "-"])
@@ -85,8 +87,14 @@ def main_card(
         table.append([f"`{level.name}`", *numbers, *_cells(rows[level.sparsity], labels), commit])
     if not any(level.commit for level in levels):  # before they are pushed
         table = [row[:-1] for row in table]
-    kept = [[block.size for block in trajectory.layout.blocks], *(_counts(trajectory, level) for level in levels)]
-    layers = [[f"{of[i]} / {of[i + 1]:,}" for of in kept] for i in range(0, len(kept[0]), 2)]
+    counts = [_counts(trajectory), *(_counts(trajectory, level.sparsity) for level in levels)]
+    layers = [
+        [
+            " / ".join(f"{of[layer, kind.name]:,}" if (layer, kind.name) in of else "-" for kind in kinds)
+            for of in counts
+        ]
+        for layer in range(trajectory.layout.num_layers)
+    ]
     between = levels[-1].sparsity / 2 if len(levels) < 2 else (levels[-2].sparsity + levels[-1].sparsity) / 2
     return _render(
         "main.md",
@@ -101,6 +109,7 @@ def main_card(
             "result_notes": _notes(metrics or {}),
             "highest": _percent(math.floor(trajectory.highest_sparsity() * 1e3) / 1e3),
             "between": f"{between:.4g}",
+            "kinds": _listed([_title(kind) for kind in kinds]),
             "layers_table": _table([["layers", "unpruned", *(level.name for level in levels)], *_grouped(layers)]),
         },
     )
@@ -126,12 +135,21 @@ def level_card(
     table = [["model", *labels]]
     table += [["unpruned", *_cells(rows[0.0], labels)]] if 0.0 in rows else []
     table.append([f"`{level.name}`", *_cells(rows[level.sparsity], labels)])
-    sizes = [block.size for block in trajectory.layout.blocks]
-    kept, heads = _counts(trajectory, level), _heads_per_group(trajectory)
+    kinds, sizes, kept = trajectory.layout.kinds, _counts(trajectory), _counts(trajectory, level.sparsity)
+    # What a column counts, the kind of structure, and how many of the former are in one structure.
+    columns = [("query heads", "attention", heads)] if (heads := _heads_per_group(trajectory)) else []
+    columns += [(_title(kind), kind.name, 1) for kind in kinds]
     layers = [
-        [f"{g * heads} of {all_g * heads}", f"{g} of {all_g}", f"{c:,} of {all_c:,}"]
-        for g, all_g, c, all_c in zip(kept[::2], sizes[::2], kept[1::2], sizes[1::2])
+        [
+            f"{kept[layer, kind] * many:,} of {sizes[layer, kind] * many:,}" if (layer, kind) in sizes else "-"
+            for _, kind, many in columns
+        ]
+        for layer in range(trajectory.layout.num_layers)
     ]
+    removed = []
+    for kind in kinds:
+        before, after = (sum(n for (_, name), n in of.items() if name == kind.name) for of in (sizes, kept))
+        removed.append(f"{before - after:,} of {before:,} {_title(kind)}")
     return _render(
         "level.md",
         trajectory,
@@ -140,15 +158,14 @@ def level_card(
         facts={
             "level": level,
             "percent": _percent(1 - level.decoder_parameters / trajectory.layout.total),
-            "groups_removed": f"{sum(sizes[::2]) - sum(kept[::2]):,} of {sum(sizes[::2]):,}",
-            "channels_removed": f"{sum(sizes[1::2]) - sum(kept[1::2]):,} of {sum(sizes[1::2]):,}",
+            "removed": _listed(removed),
             "parameters": _short(level.parameters),
             "dense_parameters": _short(level.parameters - level.decoder_parameters + trajectory.layout.total),
             "results": bool(labels),
             "results_table": _table(table),
             "result_notes": _notes(metrics or {}),
             "between": f"{level.sparsity / 2:.4g}",
-            "layers_table": _table([["layers", "query heads", "key/value groups", "MLP channels"], *_grouped(layers)]),
+            "layers_table": _table([["layers", *(title for title, _, _ in columns)], *_grouped(layers)]),
         },
     )
 
@@ -242,6 +259,7 @@ def _render(
         architecture=trajectory.layout.architecture,
         heads=_heads_per_group(trajectory),
         fingerprint=base.fingerprint,
+        method=trajectory.config.method,
         num_steps=trajectory.config.num_steps,
         calibration=_calibration_lines(calibration),
         versions=", ".join(f"{_clean(key)} {_clean(value)}" for key, value in sorted(about.versions.items())),
@@ -297,12 +315,27 @@ def _short(number: int) -> str:
 # ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def _counts(trajectory: Trajectory, level: LevelInfo) -> list[int]:
-    return [len(keep) for keep in trajectory.kept(level.sparsity)]
+def _counts(trajectory: Trajectory, sparsity: float | None = None) -> dict[tuple[int, str], int]:
+    """(layer, kind) -> structures, of the unpruned model or of a level."""
+    blocks = trajectory.layout.blocks
+    sizes = [block.size for block in blocks] if sparsity is None else [len(keep) for keep in trajectory.kept(sparsity)]
+    return {(block.layer, block.kind): size for block, size in zip(blocks, sizes)}
+
+
+def _title(kind: Kind) -> str:
+    return kind.title or kind.plural
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
 
 
 def _heads_per_group(trajectory: Trajectory) -> int:
-    widths = [member.width for member in trajectory.layout.blocks[0].members]
+    """Query heads in a key/value group; 0 without attention."""
+    numbers = trajectory.layout.of_kind("attention")
+    if not numbers:
+        return 0
+    widths = [member.width for member in trajectory.layout.blocks[numbers[0]].members]
     return max(widths) // min(widths)  # a query projection has all heads of a group, a key projection one
 
 

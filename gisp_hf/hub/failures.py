@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import httpx, parse_ratelimit_headers
 
+from gisp_hf.levels.files import checked_token as checked_token
+
 TRIES = 8
 LONGEST_WAIT = 60.0  # seconds between two tries, unless the Hub asks for more
 LONGEST_PAUSE = 3600.0  # seconds that the Hub may ask for
@@ -40,19 +42,6 @@ _PASSING = (
     *(BranchMoved, ConnectionError, TimeoutError, json.JSONDecodeError),
     *(httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError, httpx.ProxyError),
 )
-
-
-def checked_token(token: str | None) -> str:
-    """The token, if it can be one.
-
-    Raises:
-        ValueError: if not. The HTTP library would quote it in its own error.
-    """
-    if not token:
-        raise ValueError("there is no token for the Hub; log in with `hf auth login`, or give one that may write")
-    if not re.fullmatch("[!-~]+", token):
-        raise ValueError("the token holds spaces, line ends or letters that no token has; copy it again")
-    return token
 
 
 def root(error: Exception) -> Exception:

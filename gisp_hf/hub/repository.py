@@ -6,16 +6,17 @@ import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.hf_api import GitRefs, RepoFile
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, validate_repo_id
 
 from gisp_hf.hub.failures import TRIES, BranchMoved, PushError, checked_token, delay, describe, root, way_out
+from gisp_hf.hub.limits import check_timeout, time_limit
+from gisp_hf.levels.manifest import file_sha256
 from gisp_hf.version import __version__
 
 START_BRANCH = "gisp-start"  # where level branches start if the repository's first commit holds a model
@@ -24,12 +25,6 @@ HARMLESS_FILES = {ATTRIBUTES_FILE, ".gitignore", "LICENSE", "README.md"}  # a br
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-@lru_cache(maxsize=4096)  # the same weights are compared after their upload, at the end of the run, and for main
-def _sha256(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,7 @@ class Content:
     def sha256(self) -> str:
         if isinstance(self.source, bytes):
             return hashlib.sha256(self.source).hexdigest()
-        return _sha256(self.source, self.size, self.source.stat().st_mtime_ns)
+        return file_sha256(self.source)  # read once, though the weights are compared again and again
 
     def equals(self, entry: RepoFile) -> bool:
         """Whether the Hub holds this. It knows a large file by its sha256, others by git's hash of a blob."""
@@ -68,10 +63,12 @@ class Repository:
     can therefore be repeated after any failure, one whose answer was lost included.
 
     Args:
+        timeout: seconds that the Hub may be silent; then the request has failed, and is tried again.
         wait: is given the seconds until the next try.
 
     Attributes:
         folder: what is being pushed, for the way out that errors name.
+        options: further options of the command that goes on with the push, for the same.
         sent: branch -> bytes, for the branches that had to be changed. What the repository is known to have stored
             already is not counted.
 
@@ -87,6 +84,7 @@ class Repository:
         token: str | None = None,
         private: bool | None = None,
         endpoint: str | None = None,
+        timeout: float = 60.0,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         try:
@@ -95,12 +93,15 @@ class Repository:
             raise ValueError(f"{error} Give user/name, or organisation/name") from error
         self.repo_id = repo_id
         self.folder: Path | None = None
+        self.options = ""
+        self._timeout = check_timeout(timeout)
         self.sent: dict[str, int] = {}
         self._token = checked_token(token or get_token())
         self._api = HfApi(endpoint=endpoint, token=self._token, library_name="gisp_hf", library_version=__version__)
         self._wait = wait
         self._stored: set[str] = set()  # sha256 of large files
         self._refs: GitRefs | None = None
+        self._listings: dict[str, Mapping[str, RepoFile]] = {}  # by commit: these never change
         self._start: str | None = None
         if "/" not in repo_id:
             self.repo_id = f"{self._persist('your name', self._api.whoami)['name']}/{repo_id}"
@@ -117,13 +118,53 @@ class Repository:
         probe = CommitOperationAdd("probe.txt", b"probe")
         self._persist("the repository", lambda: self._api.preupload_lfs_files(self.repo_id, [probe]))
 
-    def settle(self, branch: str, files: Files, *, is_leftover: Callable[[str], bool], message: str) -> str:
+    def heads(self) -> dict[str, str]:
+        """Branch -> commit, read after the last change that was made here."""
+        return self._persist("the branches", self._heads)
+
+    def tags(self) -> dict[str, str]:
+        """Tag -> commit, read after the last change that was made here."""
+        return self._persist("the tags", self._tags)
+
+    def listing(self, commit: str) -> Mapping[str, RepoFile]:
+        """Path -> what the Hub knows of the file."""
+        return self._persist(f"commit {commit[:12]}", lambda: self._list(commit))
+
+    def read(self, path: str, commit: str) -> bytes:
+        """The contents of a small file."""
+        return self._persist(f"{path} of commit {commit[:12]}", lambda: self._read(path, commit))
+
+    def holds(self, branch: str, files: Files, *, is_leftover: Callable[[str], bool]) -> bool:
+        """Whether ``settle`` would leave the branch alone."""
+        head = self.heads().get(branch)
+        return head is not None and not any(_difference(self.listing(head), files, is_leftover))
+
+    def settle(
+        self,
+        branch: str,
+        files: Files,
+        *,
+        is_leftover: Callable[[str], bool],
+        message: str,
+        expected: Mapping[str, str] | None = None,
+    ) -> str:
         """Makes ``branch`` hold these files, and none that ``is_leftover``, by one atomic commit or by none.
+
+        Args:
+            expected: branch -> commit: where other branches must stand when this is done.
 
         Returns:
             The head of the branch, after the Hub has confirmed that it holds just that.
         """
-        return self._persist(branch, lambda: self._settle(branch, files, is_leftover, message))
+        return self._persist(branch, lambda: self._settle(branch, files, is_leftover, message, expected or {}))
+
+    def check_heads(self, expected: Mapping[str, str]) -> None:
+        """Makes sure that no other push has moved these branches (branch -> commit).
+
+        Raises:
+            PushError: with their names.
+        """
+        self._persist("the branches", lambda: self._check_heads(expected))
 
     def tag(self, name: str, commit: str) -> None:
         """Makes ``name`` a tag of ``commit``; one that stands elsewhere is not moved."""
@@ -134,11 +175,13 @@ class Repository:
         while True:
             attempt += 1
             try:
-                return action()
+                with time_limit(self._timeout):
+                    return action()
             except PushError:
                 raise
             except (BranchMoved, httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
                 self._refs = None
+                self._listings.clear()
                 cause = root(error)
                 reason = f"{self.repo_id}, {what}: {describe(cause, self._token)}"
                 seconds = delay(cause, attempt)
@@ -153,8 +196,10 @@ class Repository:
     def _resume(self) -> str:
         if self.folder is None:
             return ""
-        command = f"gisp-hf push {shlex.quote(str(self.folder))} --repo {self.repo_id}"
-        return f"what the Hub has confirmed stays there, and `{command}` does the rest"
+        return f"what the Hub has confirmed stays there, and `{self._command()}` does the rest"
+
+    def _command(self) -> str:
+        return f"gisp-hf push {shlex.quote(str(self.folder))} --repo {self.repo_id}{self.options}"
 
     def _create(self, private: bool | None) -> None:
         try:
@@ -165,10 +210,18 @@ class Repository:
             if status != 409 and not (status == 403 and self._api.repo_exists(self.repo_id)):
                 raise
 
-    def _settle(self, branch: str, files: Files, is_leftover: Callable[[str], bool], message: str) -> str:
+    def _settle(
+        self,
+        branch: str,
+        files: Files,
+        is_leftover: Callable[[str], bool],
+        message: str,
+        expected: Mapping[str, str],
+    ) -> str:
         if branch not in self._heads():
             self._create_branch(branch, self._empty_commit())
         head = self._heads()[branch]
+        self._check_heads(expected)  # as they were when this branch was at head
         changed, gone = _difference(self._list(head), files, is_leftover)
         if not changed and not gone:
             return head
@@ -199,6 +252,14 @@ class Repository:
         logger.info("%s, %s: confirmed as commit %s", self.repo_id, branch, made.oid)
         return made.oid
 
+    def _check_heads(self, expected: Mapping[str, str]) -> None:
+        heads = self._heads()
+        if moved := [branch for branch, commit in expected.items() if heads.get(branch) != commit]:
+            raise PushError(
+                f"{self.repo_id}: another push has moved {', '.join(moved)} meanwhile, and the levels there do not fit "
+                f"together; see that it has ended, then push again: `{self._command()}`"
+            )
+
     def _tag(self, name: str, commit: str) -> None:
         if name not in self._tags():
             self._api.create_tag(self.repo_id, tag=name, revision=commit, exist_ok=True)
@@ -220,15 +281,25 @@ class Repository:
             if not HARMLESS_FILES.issuperset(self._list(first)):
                 if START_BRANCH not in self._heads():
                     self._create_branch(START_BRANCH, first)
-                first = self._settle(START_BRANCH, {}, is_not_attributes, "An empty start for the levels")
+                first = self._settle(START_BRANCH, {}, is_not_attributes, "An empty start for the levels", {})
             self._start = first
         return self._start
 
-    def _list(self, commit: str) -> dict[str, RepoFile]:
-        entries = self._api.list_repo_tree(self.repo_id, revision=commit, recursive=True)
-        files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        self._stored |= {entry.lfs.sha256 for entry in files.values() if entry.lfs is not None}
-        return files
+    def _list(self, commit: str) -> Mapping[str, RepoFile]:
+        if commit not in self._listings:
+            entries = self._api.list_repo_tree(self.repo_id, revision=commit, recursive=True)
+            files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            self._stored |= {entry.lfs.sha256 for entry in files.values() if entry.lfs is not None}
+            self._listings[commit] = files
+        return self._listings[commit]
+
+    def _read(self, path: str, commit: str) -> bytes:
+        # Not hf_hub_download: it has time limits of its own, and hides the reason of a failure.
+        url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self._api.endpoint)
+        headers = build_hf_headers(token=self._token, library_name="gisp_hf", library_version=__version__)
+        response = get_session().get(url, headers=headers)
+        hf_raise_for_status(response)
+        return response.content
 
     def _heads(self) -> dict[str, str]:
         return {branch.name: branch.target_commit for branch in self._read_refs().branches}

@@ -1,12 +1,17 @@
 """Which levels there are: in a run's output folder, or in a repository (``levels.json``)."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     HFValidationError,
@@ -16,9 +21,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
-from gisp_hf.hub.failures import checked_token
-from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.levels.files import CONFIG_FILE, INDEX_FILE, checked_token, read_weight_map
+from gisp_hf.pruning.trajectory import FACTS_FILE, Trajectory
+from gisp_hf.untrusted import TOTAL, check_model_config, check_whole, odd_contents, printable, read_json
 from gisp_hf.version import __version__
 
 LEVELS_FILE = "levels.json"
@@ -29,7 +36,9 @@ METRICS_FILE = "metrics.json"  # in a level's folder: what was measured of it
 _LEVEL = re.compile(r"sparsity-(0\.\d{2,4})", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METRIC = re.compile(r"[A-Za-z0-9_][\w.@%/ -]{0,63}", re.ASCII)
-_LARGEST = 2**20  # bytes of a levels.json
+_LARGEST = 2**20  # bytes of a levels.json or metrics.json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class LevelInfo:
 
     ``name`` is its folder and its branch, ``sparsity`` what was asked for: a fraction (0-1) of the decoder layers'
     parameters. ``parameters`` counts the whole checkpoint, ``decoder_parameters`` what the decoder layers have left.
-    ``commit`` is None until the level is pushed.
+    ``commit`` is None until the level is pushed. A metric is None if it was measured and is not finite.
     """
 
     name: str
@@ -46,7 +55,29 @@ class LevelInfo:
     parameters: int
     decoder_parameters: int
     commit: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+
+
+def find_run(folder: str | Path) -> Path:
+    """The folder that holds the levels: ``folder`` itself, or the only one in it that does.
+
+    A folder that holds no run at all is returned as it is, so that the error names what is missing there.
+
+    Raises:
+        ValueError: if several of its folders hold levels.
+    """
+    folder = Path(folder)
+    if not folder.is_dir() or _holds_levels(folder) or (folder / FACTS_FILE).is_file():
+        return folder
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and _holds_levels(path))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:8])
+        raise ValueError(f"{folder} holds several runs: {names}; give one of them, such as {found[0]}")
+    return found[0] if found else folder
+
+
+def _holds_levels(folder: Path) -> bool:
+    return any(_is_level_name(path.name) for path in folder.iterdir())
 
 
 def read_levels(
@@ -99,17 +130,59 @@ def levels_json(levels: Sequence[LevelInfo]) -> bytes:
     return text.encode() + b"\n"
 
 
-def check_metrics(name: str, metrics: Mapping[str, float]) -> None:
+def clean_metrics(name: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers as JSON can hold them; one that is not finite becomes None, with a warning.
+
+    Args:
+        name: of the level, for messages.
+        metrics: name -> any real number: Python's, NumPy's, or a tensor without dimensions. None stays None.
+
+    Raises:
+        ValueError: if a name is not a short plain one, or a value is no real number.
+    """
+    _check_metric_names(name, metrics)
+    cleaned = {key: _plain_number(value, f"{name}: {key}") for key, value in metrics.items()}
+    for key, number in cleaned.items():
+        if number is None and metrics[key] is not None:
+            logger.warning("%s: %s is %s, which is not finite; it is recorded as null", name, key, metrics[key])
+    return cleaned
+
+
+def check_metrics(name: str, metrics: Mapping[str, float | None]) -> None:
     """Refuses what cannot be written to ``levels.json``, or should not be believed that stands there.
 
     Raises:
         ValueError: if a name is not a short plain one, or a number is not finite.
     """
+    _check_metric_names(name, metrics)
     for key, value in metrics.items():
+        if value is not None and (type(value) not in (int, float) or not _is_finite(value)):
+            raise ValueError(f"{name}: {key} is {value!r:.60}; give a finite number, or leave it out")
+
+
+def _check_metric_names(name: str, metrics: Mapping[str, Any]) -> None:
+    for key in metrics:
         if not isinstance(key, str) or not _METRIC.fullmatch(key):
-            raise ValueError(f"{name} has a metric named {key!r}; use up to 64 letters, digits, spaces and _.@%/-")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name}: {key} is {value!r}; give a finite number, or leave it out")
+            raise ValueError(f"{name} has a metric named {key!r:.80}; use up to 64 letters, digits, spaces and _.@%/-")
+
+
+def _plain_number(value: Any, what: str) -> float | None:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)) and value.ndim == 0:
+        value = value.item()
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{what} is {value!r:.60}, of type {type(value).__name__}; give one real number")
+    if not _is_finite(value):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _is_finite(number: Real | float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
 
 
 def _is_level_name(name: str) -> bool:
@@ -119,13 +192,18 @@ def _is_level_name(name: str) -> bool:
 
 def _read_folder(folder: Path) -> LevelInfo:
     trajectory = Trajectory.load(folder)  # as far as this level: its end is this level
+    if (folder / CONFIG_FILE).is_file():
+        with odd_contents(f"{CONFIG_FILE} of {folder}"):
+            check_model_config(read_json(folder / CONFIG_FILE))
+    if (folder / INDEX_FILE).is_file():
+        read_weight_map(folder / INDEX_FILE)
     parameters = 0
     for path in folder.glob("model*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 names = list(file.keys())
                 parameters += sum(math.prod(file.get_slice(name).get_shape()) for name in names)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}; save the level again") from error
     total = trajectory.layout.total
     return LevelInfo(
@@ -137,28 +215,28 @@ def _read_folder(folder: Path) -> LevelInfo:
     )
 
 
-def write_metrics(folder: str | Path, metrics: Mapping[str, float]) -> None:
+def write_metrics(folder: str | Path, metrics: Mapping[str, Any]) -> None:
     """Adds numbers to those that a level's folder holds; its card and ``levels.json`` show them.
 
+    Any real number will do (see ``clean_metrics``); one that is not finite is recorded as null, with a warning.
+
     Raises:
-        ValueError: if a name or a number will not do.
+        ValueError: if a name will not do, or a value is no number.
     """
     folder = Path(folder)
-    check_metrics(folder.name, metrics)
-    merged = {**_read_metrics(folder), **metrics}
-    temporary = folder / f"{METRICS_FILE}.tmp"
-    temporary.write_text(json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / METRICS_FILE)
+    merged = {**_read_metrics(folder), **clean_metrics(folder.name, metrics)}
+    text = json.dumps(merged, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_text_atomic(folder / METRICS_FILE, text)
 
 
-def _read_metrics(folder: Path) -> dict[str, float]:
+def _read_metrics(folder: Path) -> dict[str, float | None]:
     path = folder / METRICS_FILE
     if not path.is_file():
         return {}
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = read_json(path, largest=_LARGEST)
         check_metrics(folder.name, metrics)
-    except (AttributeError, OverflowError, RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}; remove it and measure again") from error
     return metrics
 
@@ -166,16 +244,14 @@ def _read_metrics(folder: Path) -> dict[str, float]:
 def _parse_levels(path: Path, label: str) -> list[LevelInfo]:
     """Trusts nothing: what is read here becomes a revision, a path, or a line on a screen."""
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"it is larger than {_LARGEST:,} bytes")
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path, largest=_LARGEST)
         if facts["format"] != FORMAT:
             raise ValueError(f"it has format {facts['format']!r}, this version of gisp_hf reads format {FORMAT}")
         levels = [LevelInfo(name=name, **entry) for name, entry in facts["levels"].items()]
         for level in levels:
             _check_level(level)
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
-        reason = "".join(letter if letter.isprintable() else "?" for letter in str(error))[:300]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = printable(error)[:300]
         raise ValueError(f"{label} is not what `gisp-hf push` writes, and nothing of it is used: {reason}") from error
     return sorted(levels, key=lambda level: level.sparsity)
 
@@ -186,8 +262,7 @@ def _check_level(level: LevelInfo) -> None:
     if type(level.sparsity) is not float or level_name(level.sparsity) != level.name:
         raise ValueError(f"{level.name} has the sparsity {level.sparsity!r}")
     for number in (level.parameters, level.decoder_parameters):
-        if type(number) is not int or not 0 <= number < 2**53:
-            raise ValueError(f"{level.name} has {number!r} parameters")
+        check_whole(number, f"the number of parameters of {level.name}", most=TOTAL)
     if not isinstance(level.commit, str) or not _COMMIT.fullmatch(level.commit):
         raise ValueError(f"{level.name} has the commit {level.commit!r}, which is none")
     check_metrics(level.name, level.metrics)

@@ -6,15 +6,12 @@ before the next is read. The same single pass makes sure that these are the weig
 
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors, hf_hub_download, is_offline_mode
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,14 +23,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from gisp_hf.levels.files import INDEX_FILE, WEIGHTS_FILE, Files, pin
 from gisp_hf.levels.save import save_level
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
-from gisp_hf.pruning.trajectory import FACTS_FILE, RANKS_FILE, Trajectory
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 # A tokenizer is one of the first three, with whatever there is of the others.
 TOKENIZER_FILES = (
@@ -41,7 +37,7 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
 
-Cut = tuple[int, torch.Tensor, int]  # of one parameter: the dimension, the structures that stay, rows of a structure
+Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
 
 
 def load_trajectory(
@@ -56,10 +52,10 @@ def load_trajectory(
         FileNotFoundError: if there is no such folder or repository, or no trajectory in it.
         ValueError: if the repository has no such revision, or the trajectory is damaged.
     """
-    files, first = _pin(_Files(repo_or_folder, revision, token, endpoint), FACTS_FILE)
-    if first is None or files.fetch(RANKS_FILE) is None:
+    files, first = pin(Files(repo_or_folder, revision, token, endpoint), FACTS_FILE)
+    if first is None or files.fetch(ORDER_FILE) is None:
         raise FileNotFoundError(
-            f"{repo_or_folder} holds no {FACTS_FILE} and {RANKS_FILE}; give the output folder of a pruning run, or a "
+            f"{repo_or_folder} holds no {FACTS_FILE} and {ORDER_FILE}; give the output folder of a pruning run, or a "
             "repository that such a folder was pushed to"
         )
     return Trajectory.load(first.parent)
@@ -105,7 +101,7 @@ def load_level(
     """
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, _Files(base_model or level.base.id, base_revision, token, endpoint))
+    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
     model = _cut(level, base, dtype)
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
     return model if device is None else model.to(device)  # type: ignore[arg-type]
@@ -141,7 +137,7 @@ def materialize(
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, _Files(base_model or level.base.id, base_revision, token, endpoint))
+    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
     tokenizer = _load_tokenizer(base)  # before the weights, which take time
     model = _cut(level, base, dtype)
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
@@ -150,72 +146,12 @@ def materialize(
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Files:
-    """The files of a folder, or of one revision of a repository, by exact name."""
-
-    source: str | Path
-    revision: str | None
-    token: str | None
-    endpoint: str | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.source} at revision {self.revision}" if self.revision else str(self.source)
-
-    def fetch(self, filename: str) -> Path | None:
-        """A local copy of the file, or None if there is no such file."""
-        if Path(self.source).is_dir():
-            path = Path(self.source) / filename
-            return path if path.is_file() else None
-        name, revision = str(self.source), self.revision
-        try:
-            return Path(hf_hub_download(name, filename, revision=revision, token=self.token, endpoint=self.endpoint))
-        except errors.RemoteEntryNotFoundError:
-            return None
-        except errors.LocalEntryNotFoundError:
-            if is_offline_mode():  # what is not in the cache cannot be told from what does not exist
-                return None
-            raise
-
-    @contextmanager
-    def opened(self, filename: str) -> Iterator[Any]:
-        """A safetensors file, open for reading. A missing one, or one that is damaged, is an error of the user's."""
-        if (path := self.fetch(filename)) is None:
-            raise FileNotFoundError(f"{self.label} lacks {filename}, which its {INDEX_FILE} names")
-        try:
-            # pread: mapped pages would count as memory, and stay until the file is closed
-            with safe_open(path, framework="pt", backend="pread") as file:
-                yield file
-        except SafetensorError as error:
-            raise ValueError(f"{filename} of {self.label} cannot be read: {error}") from error
-
-
-def _pin(files: _Files, filename: str) -> tuple[_Files, Path | None]:
-    """The same files in one commit, even if a branch moves meanwhile, and the first file that is asked of them."""
-    try:
-        path = files.fetch(filename)
-    except errors.GatedRepoError:
-        raise  # says itself what to do
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(
-            f"{files.source} is neither a folder here nor a repository on the Hub that you can read; check the name, "
-            "or log in with `hf auth login` if it is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ValueError(f"{files.source} has no revision {files.revision!r}; give a branch, tag or commit") from error
-    if Path(files.source).is_dir():
-        return replace(files, revision=None), path
-    # A file of the Hub lies in a folder that is named after its commit.
-    return (files if path is None else replace(files, revision=path.parent.name)), path
-
-
-def _open_base(level: Trajectory, files: _Files) -> _Files:
+def _open_base(level: Trajectory, files: Files) -> Files:
     if files.revision is None and str(files.source) == level.base.id:
         files = replace(files, revision=level.base.revision)
     hint = "; base_model= names the unpruned model, by its Hub id or a folder"
     try:
-        files, config_file = _pin(files, "config.json")
+        files, config_file = pin(files, "config.json")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"the base model was not found: {error}{hint}") from error
     if config_file is None:
@@ -223,7 +159,7 @@ def _open_base(level: Trajectory, files: _Files) -> _Files:
     return files
 
 
-def _load_tokenizer(base: _Files) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(base: Files) -> PreTrainedTokenizerBase | None:
     found = [base.fetch(name) for name in TOKENIZER_FILES]
     folder = next((path.parent for path in found[:3] if path is not None), None)
     return None if folder is None else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -241,13 +177,13 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     reached = trajectory.sparsity_at(length, channel_multiple=multiple)
     return replace(
         trajectory,
-        ranks=tuple(torch.where(rank < length, rank, -1) for rank in trajectory.ranks),
+        order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
         steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
     )
 
 
-def _cut(level: Trajectory, base: _Files, dtype: torch.dtype | None) -> PreTrainedModel:
+def _cut(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model at the end of ``level``, with the weights of ``base``."""
     config_file = base.fetch("config.json")
     assert config_file is not None
@@ -264,30 +200,33 @@ def _cut(level: Trajectory, base: _Files, dtype: torch.dtype | None) -> PreTrain
     return model
 
 
-def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: _Files) -> PreTrainedModel:
+def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> PreTrainedModel:
     """The unpruned model without weights, once it is clear that the trajectory is about a model of this shape."""
     made_from = f"this trajectory was made from {level.base.id}"
     wanted = level.layout.architecture
-    if config.model_type != wanted:
-        pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
+    # A level can itself be pruned further: then it is the base.
+    pruned = " (already pruned)" if config.model_type.startswith("gisp_") else ""
+    if config.model_type.removeprefix("gisp_") != wanted:
         raise ValueError(
-            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the unpruned model"
+            f"{made_from} (type {wanted}); {base.label} is of type {config.model_type}{pruned}. Give the model "
+            "that was pruned"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     found = discover(dense)
-    if found != level.layout:
+    if found.identity != level.layout.identity:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
-            f"{base.label} has {found.num_layers} layers and {found.total:,} parameters. Give the unpruned model"
+            f"{base.label}{pruned} has {found.num_layers} layers and {found.total:,} parameters. Give the "
+            "model that was pruned"
         )
     return dense
 
 
 def _read_weights(
-    level: Trajectory, base: _Files, *, dense: PreTrainedModel, shell: PreTrainedModel, dtype: torch.dtype | None
+    level: Trajectory, base: Files, *, dense: PreTrainedModel, shell: PreTrainedModel, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """Every parameter of the pruned model, from one pass over the files, which also proves where they come from.
 
@@ -295,12 +234,7 @@ def _read_weights(
         dense, shell: the model before and after, without weights: the shapes to be read and those to be kept.
         dtype: of the result; that of the first tensor in the files if None.
     """
-    cuts: dict[str, Cut] = {
-        member.parameter: (member.dim, keep, member.width)
-        for block, keep in zip(level.layout.blocks, level.kept_at(len(level)))
-        if len(keep) < block.size
-        for member in block.members
-    }
+    cuts = discover(dense).rows_kept(level.kept_at(len(level)))
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
@@ -326,7 +260,7 @@ def _read_weights(
     return weights
 
 
-def _names_by_file(base: _Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
     """File -> (name in the file, name in the model) of every parameter."""
     stored_in = _stored_tensors(base)
     # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
@@ -343,7 +277,7 @@ def _names_by_file(base: _Files, dense: PreTrainedModel, names: Iterable[str]) -
     return by_file
 
 
-def _stored_tensors(base: _Files) -> dict[str, str]:
+def _stored_tensors(base: Files) -> dict[str, str]:
     """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
     if base.fetch(WEIGHTS_FILE) is not None:
         with base.opened(WEIGHTS_FILE) as file:
@@ -375,5 +309,5 @@ def _read_one(
     if not tensor.is_floating_point():
         raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
     checksum = tensor_checksum(tensor)
-    into.copy_(tensor if cut is None else slice_tensor(tensor, *cut))
+    into.copy_(tensor if cut is None else slice_tensor(tensor, cut))
     return checksum

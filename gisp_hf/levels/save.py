@@ -1,23 +1,27 @@
 """A level <-> a folder: an ordinary Transformers checkpoint, written whole or not at all."""
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from gisp_hf.models.layout import Layout, Member
+from gisp_hf.atomic import replace_folder, unique_beside
+from gisp_hf.levels.manifest import write_manifest
+from gisp_hf.models.layout import Rows
 from gisp_hf.models.shards import whole
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
 from gisp_hf.pruning.trajectory import Trajectory
 
-TEMPORARY = ".tmp"  # ends the name of a folder that is still being written
+# Files and folders of a run that was killed while it wrote them (`unique_beside`).
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
 def save_level(
@@ -34,66 +38,71 @@ def save_level(
 ) -> Path:
     """Writes the pruned model with everything that ``from_pretrained`` needs, remote code and removal order included.
 
-    The files are written to ``<folder>.tmp``, which is then renamed, so that ``folder`` either loads or does not exist.
-    Weights are sliced, gathered from their shards if they are sharded, and written one file at a time, so that besides
-    the model itself no more than ``max_shard_size`` is held.
+    The files are written to a new folder of a unique name beside ``folder``, which then takes its name, so that
+    ``folder`` either loads or does not exist. Weights are sliced, gathered from their shards if they are sharded, and
+    written one file at a time, so that besides the model itself no more than ``max_shard_size`` is held.
 
     Args:
         model: the model in the middle of a run; it is only read.
         trajectory: the removal order up to this level, and no further.
-        sliced: whether the model has lost what is removed already; if not, it is left out of what is written.
+        sliced: whether the model has lost the removed structures already; if not, they are left out of the files.
         use_cache: for the saved config, since the Trainer changes that of the model it trains.
         main_process: whether this process writes. With sharded weights every process must call this, to give its part.
         replace: write anew what exists (a run that goes on after a crash); otherwise ``folder`` must not exist.
 
     Raises:
         FileExistsError: if ``folder`` exists.
+        OSError: if it cannot be written, with the space that it needs; nothing of it is left.
     """
     folder = Path(folder)
-    temporary = folder.with_name(folder.name + TEMPORARY)
     layout, kept = trajectory.layout, trajectory.kept_at(len(trajectory))
     shell = pruned_shell(model, layout, [len(keep) for keep in kept])
     if use_cache is not None:
         shell.config.use_cache = use_cache
+    temporary = unique_beside(folder)
     if main_process:
         if folder.exists() and not replace:
             raise FileExistsError(f"{folder} exists already; remove it or choose another output folder")
-        if temporary.exists():  # from a run that was killed while it wrote
-            shutil.rmtree(temporary)
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        temporary.mkdir()
     try:
-        cuts = {} if sliced else _cuts(layout, kept)
+        cuts = {} if sliced else layout.rows_kept(kept)
         _write_weights(
             model, temporary, shell=shell, cuts=cuts, main_process=main_process, max_shard_size=max_shard_size
         )
         if main_process:
-            shell.config.dtype = model.dtype
-            shell.config.architectures = [type(shell).__name__]
-            custom_object_save(shell, temporary, config=shell.config)  # type: ignore[arg-type]
-            shell.config.save_pretrained(temporary)
-            if shell.generation_config is not None:
-                shell.generation_config.save_pretrained(temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+            _write_rest(model, temporary, shell=shell, tokenizer=tokenizer)
             trajectory.save(temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
+            write_manifest(temporary)
+            replace_folder(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # first: it takes the room that the message speaks of
+        raise _no_room(folder, shell, dtype=model.dtype, error=error) from error
     except BaseException:  # Ctrl-C too: nothing half-written stays behind
-        if main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
 
 
-def _cuts(layout: Layout, kept: Sequence[torch.Tensor]) -> dict[str, tuple[Member, torch.Tensor]]:
-    """For every parameter that loses something: how it is shared out, and the structures that it keeps."""
-    return {
-        member.parameter: (member, keep)
-        for block, keep in zip(layout.blocks, kept)
-        if len(keep) < block.size
-        for member in block.members
-    }
+def _remove_unfinished(folder: Path) -> None:
+    """Removes what a killed run left of this level: folders of the names that only `unique_beside` gives."""
+    for path in folder.parent.iterdir():
+        ours = _UNFINISHED.fullmatch(path.name) and path.name.startswith(f".{folder.name}.")
+        if ours and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def _no_room(folder: Path, shell: PreTrainedModel, *, dtype: torch.dtype, error: Exception) -> OSError:
+    """The error of a level that could not be written. safetensors has one of its own for a full disk."""
+    needed = sum(parameter.numel() for parameter in shell.parameters()) * dtype.itemsize
+    free = shutil.disk_usage(folder.parent).free
+    return OSError(
+        f"the level {folder} could not be written: {error}. It needs about {needed / 1e6:,.1f} MB, and "
+        f"{free / 1e6:,.1f} MB are free there. Make room; then train(resume_from_checkpoint=True) goes on, if the run "
+        "saves checkpoints (save_strategy='steps'), and else begin anew in another folder. Levels saved before are "
+        "whole"
+    )
 
 
 def _write_weights(
@@ -101,7 +110,7 @@ def _write_weights(
     folder: Path,
     *,
     shell: PreTrainedModel,
-    cuts: Mapping[str, tuple[Member, torch.Tensor]],
+    cuts: Rows,
     main_process: bool,
     max_shard_size: str | int,
 ) -> None:
@@ -121,9 +130,7 @@ def _write_weights(
         for name in names:
             tensor = whole(state_dict[name])
             if main_process:
-                if name in cuts:
-                    member, keep = cuts[name]
-                    tensor = slice_tensor(tensor, member.dim, keep, member.width)
+                tensor = slice_tensor(tensor, cuts.get(name, ()))
                 assert tensor.shape == planned[name].shape, name
                 tensors[name] = tensor.detach().cpu().contiguous()
         if main_process:
@@ -131,6 +138,19 @@ def _write_weights(
     if main_process and split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_rest(
+    model: PreTrainedModel, folder: Path, *, shell: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    shell.config.dtype = model.dtype
+    shell.config.architectures = [type(shell).__name__]
+    custom_object_save(shell, folder, config=shell.config)  # type: ignore[arg-type]
+    shell.config.save_pretrained(folder)
+    if shell.generation_config is not None:
+        shell.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
@@ -146,7 +166,7 @@ def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"write-test{TEMPORARY}"
+        probe = unique_beside(folder / "write-test")
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -154,7 +174,7 @@ def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
     names = sorted(path.name for path in folder.iterdir())
     ours = [name for name in names if name.startswith(("sparsity-", "trajectory."))]
     in_the_way = ours if may_hold_others else names
-    in_the_way = [name for name in in_the_way if not name.endswith(TEMPORARY)]
+    in_the_way = [name for name in in_the_way if not _UNFINISHED.fullmatch(name)]
     if in_the_way:
         raise FileExistsError(
             f"the output folder {folder} is not empty ({len(in_the_way)} entries: {', '.join(in_the_way[:3])}...); "

@@ -5,19 +5,20 @@ that. The LM head is not pruned and needs no gradient of its own, so the gradien
 each chunk's loss is, and no logits need be kept.
 """
 
-from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from gisp_hf import upstream
+
 IGNORE_INDEX = -100
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of token cross-entropies of a linear head, in float32; its gradient goes to the hidden states alone."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -31,14 +32,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
-            logits = F.linear(hidden[part], weight, bias).float()  # (c, V)
-            total += F.cross_entropy(logits, targets[part], ignore_index=IGNORE_INDEX, reduction="sum")
+            counted = (targets[part] != IGNORE_INDEX).nonzero().squeeze(1)  # (k,)
+            chosen = targets[part][counted]
+            logits = F.linear(hidden[part], weight, bias).float()  # (c, V), the only buffer of this size
+            logits -= logits.amax(dim=-1, keepdim=True)
+            likely = logits[counted, chosen]
+            sums = logits.exp_().sum(dim=-1, keepdim=True)  # (c, 1)
+            total += (sums[counted, 0].log() - likely).sum()
             # d loss / d logits = softmax - one hot
-            logits = logits.softmax(dim=-1)
-            counted = targets[part] != IGNORE_INDEX
-            logits[counted.nonzero().squeeze(1), targets[part][counted]] -= 1
-            logits[~counted] = 0
+            logits /= sums
+            logits[counted, chosen] -= 1
+            logits[targets[part] == IGNORE_INDEX] = 0
             gradient[part] = logits.to(weight.dtype) @ weight
+            del logits  # before the next chunk's are made
         ctx.save_for_backward(gradient)
         return total
 
@@ -48,19 +54,43 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grads[0].to(gradient.dtype), None, None, None, None
 
 
-class ChunkedLoss:
-    """Makes a causal LM compute its own loss in chunks, for as long as it is attached.
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor, *, size: int
+) -> torch.Tensor:
+    """Sum of the token cross-entropies of a linear head; its gradient goes to the hidden states alone.
 
-    The LM head hands the hidden states through, and the model's ``loss_function`` applies it chunk by chunk. What the
-    model returns as logits are then hidden states: only the model's own loss can be used (no ``compute_loss_func``, no
-    label smoothing), which ``check_used`` makes sure of.
+    Args:
+        hidden: (n, d), any float dtype.
+        weight: (V, d), the head, in the dtype of ``hidden``.
+        bias: (V,) or None.
+        targets: (n,), int64; -100 is ignored.
+        size: tokens in a chunk. At most ``size * V`` logits exist at once, in float32.
+
+    Returns:
+        Scalar float32, in nats.
+    """
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, size)
+
+
+class ChunkedLoss:
+    """Makes a causal LM compute its own training loss in chunks, until ``detach`` or the end of a ``with`` block.
+
+    ::
+
+        with ChunkedLoss(model, 256):
+            trainer.train()
+
+    While the model is in training mode, its LM head hands the hidden states through, and its ``loss_function`` applies
+    the head chunk by chunk. The "logits" that it returns then are hidden states: only the model's own loss can be used
+    (no ``compute_loss_func``, no label smoothing), which ``check_used`` makes sure of. In evaluation mode logits and
+    loss are the model's own.
 
     Args:
         model: with an ``lm_head`` that is a plain ``nn.Linear`` and logits that are not changed after it.
-        size: tokens in a chunk.
+        size: tokens in a chunk, at least 1.
 
     Raises:
-        ValueError: if the model caps its logits, or its head is something else.
+        ValueError: if ``size`` is below 1, the model caps its logits, or its head is something else.
     """
 
     def __init__(self, model: Any, size: int) -> None:
@@ -74,30 +104,27 @@ class ChunkedLoss:
         if not isinstance(model.lm_head, nn.Linear):
             raise ValueError(f"the LM head is {type(model.lm_head).__name__}, not nn.Linear; use chunk_tokens=None")
         self.model = model
-        self.size = size
         self.head: nn.Linear = model.lm_head
-        self.had_loss_function: Callable[..., torch.Tensor] | None = vars(model).get("_loss_function")
+        self.size = size
         self.used = False
-        self.head.forward = lambda input: input  # type: ignore[method-assign]
-        model.loss_function = self._loss
+        self._plain_loss = model.loss_function
+        self._plain_forward = self.head.forward
+        self._changes = ExitStack()
+        self._changes.enter_context(upstream.replaced_loss_function(model, self._loss))
+        self._changes.callback(_set_back, self.head, "forward", vars(self.head).get("forward"))
+        self.head.forward = self._forward  # type: ignore[method-assign]
 
-    def _loss(
-        self,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        vocab_size: int,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        self.used = True
-        if shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
-        hidden, targets = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)  # (n, d), (n,)
-        total = _ChunkedCrossEntropy.apply(hidden, self.head.weight, self.head.bias, targets, self.size)
-        if num_items_in_batch is None:
-            num_items_in_batch = (targets != IGNORE_INDEX).sum()
-        return total / num_items_in_batch
+    def __enter__(self) -> "ChunkedLoss":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Gives the model its head and its loss back, exactly as they were. A second call does nothing."""
+        self._changes.close()
 
     def check_used(self) -> None:
         """Raises ValueError if the loss of the step did not come through here."""
@@ -108,9 +135,40 @@ class ChunkedLoss:
             )
         self.used = False
 
-    def detach(self) -> None:
-        del self.head.forward
-        if self.had_loss_function is None:
-            del self.model._loss_function
-        else:
-            self.model.loss_function = self.had_loss_function
+    def _forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input if self.model.training else self._plain_forward(input)
+
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not self.model.training:
+            return self._plain_loss(
+                logits=logits,
+                labels=labels,
+                vocab_size=vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
+        self.used = True
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+        hidden, targets = logits.flatten(0, -2), shift_labels.flatten().to(logits.device)  # (n, d), (n,)
+        total = chunked_cross_entropy(hidden, self.head.weight, self.head.bias, targets, size=self.size)
+        if num_items_in_batch is None:
+            num_items_in_batch = (targets != IGNORE_INDEX).sum()
+        return total / num_items_in_batch
+
+
+def _set_back(owner: nn.Module, name: str, own: Any) -> None:
+    """Gives an object its own attribute back; with None, that of its class."""
+    if own is None:
+        delattr(owner, name)
+    else:
+        setattr(owner, name, own)

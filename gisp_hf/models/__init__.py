@@ -1,6 +1,21 @@
-"""Which parameters of a model form structures: one table row per family, and the reader of that table."""
+"""Models: what they are made of, and how structures are taken out of them."""
 
 from gisp_hf.models.discovery import discover, family_of
-from gisp_hf.models.families import FAMILIES, Family
+from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection, register_family
+from gisp_hf.models.layout import KINDS, Block, Kind, Layout, Member, register_kind
 
-__all__ = ["FAMILIES", "Family", "discover", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "KINDS",
+    "Block",
+    "BlockRow",
+    "Family",
+    "Kind",
+    "Layout",
+    "Member",
+    "Projection",
+    "discover",
+    "family_of",
+    "register_family",
+    "register_kind",
+]

@@ -1,10 +1,12 @@
 """From a model to the list of its blocks, read off the shapes of its weights."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from gisp_hf.models.families import FAMILIES, Family
-from gisp_hf.models.layout import Block, Layout, Member
+from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection
+from gisp_hf.models.layout import KINDS, Block, Layout, Member
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -20,64 +22,82 @@ def family_of(model: PreTrainedModel) -> Family:
             return family
     supported = ", ".join(f"{family.model_class} ({family.model_type})" for family in FAMILIES)
     raise ValueError(
-        f"{type(model).__name__} (model type {model_type!r}) cannot be pruned; supported are {supported}. A decoder "
-        "with separate q/k/v/o and gate/up/down projections is one more row in gisp_hf/architectures/table.py and one "
-        "more pair of classes in gisp_hf/modeling_gisp.py"
+        f"{type(model).__name__} (model type {model_type!r}) cannot be pruned; supported are {supported}. A new family "
+        "is one more row in gisp_hf/models/families.py and its classes in gisp_hf/models/modeling_gisp.py"
     )
 
 
 def discover(model: PreTrainedModel) -> Layout:
-    """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read."""
+    """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
+
+    Raises:
+        ValueError: if no family fits, or the sizes of a layer contradict each other.
+    """
     family = family_of(model)
     layers = model.get_submodule(family.layers)
-    blocks: list[Block] = []
-    for number, layer in enumerate(layers.children()):
-        blocks += _layer_blocks(layer, family=family, number=number, hidden_size=model.config.hidden_size)
-    total = sum(parameter.numel() for parameter in layers.parameters())
-    return Layout(architecture=family.model_type, blocks=tuple(blocks), total=total, num_layers=len(blocks) // 2)
+    numbered = list(enumerate(layers.children()))
+    blocks = tuple(
+        _block(layer, row, model=model, prefix=f"{family.layers}.{number}", number=number)
+        for number, layer in numbered
+        for row in family.blocks
+    )
+    layout = Layout(
+        architecture=family.model_type,
+        blocks=blocks,
+        total=sum(parameter.numel() for parameter in layers.parameters()),
+        num_layers=len(numbered),
+    )
+    for name, dim, length in layout.lengths():
+        if length != model.get_parameter(name).shape[dim]:
+            raise ValueError(
+                f"{name} has {model.get_parameter(name).shape[dim]} entries along dimension {dim}, but its structures "
+                f"own {length}: the row of {family.model_class} in the table of families does not fit this model"
+            )
+    return layout
 
 
-def _layer_blocks(layer: nn.Module, *, family: Family, number: int, hidden_size: int) -> list[Block]:
-    prefix = f"{family.layers}.{number}"
-    head_dim: int = vars(layer.get_submodule(family.attention))["head_dim"]
-    num_groups = layer.get_parameter(f"{family.key}.weight").shape[0] // head_dim
-    queries = layer.get_parameter(f"{family.query}.weight").shape[0] // head_dim // num_groups  # query heads per group
-    num_channels = layer.get_parameter(f"{family.out_of_channels}.weight").shape[1]
+def _block(layer: nn.Module, row: BlockRow, *, model: PreTrainedModel, prefix: str, number: int) -> Block:
+    if row.kind not in KINDS:
+        raise ValueError(f"kind {row.kind!r} is unknown; add it by register_kind, or use one of {', '.join(KINDS)}")
+    per = 1 if row.per is None else int(getattr(layer.get_submodule(row.per[0]), row.per[1]))
+    length = layer.get_parameter(f"{row.counted.module}.weight").shape[row.counted.dim]
+    size, rest = divmod(length, per)
+    if rest or not size:
+        raise ValueError(f"{prefix}.{row.counted.module} has length {length}, no multiple of {per}")
+    config = model.config.per_layer_config[number] if any(p.pieces for p in row.projections) else model.config
+    members = [member for p in row.projections for member in _members(layer, p, config, prefix=prefix, size=size)]
+    # A bias after a structure's columns belongs to no structure.
+    cost = sum(_numel(layer, member, prefix=prefix) for member in members)
+    return Block(
+        layer=number,
+        kind=row.kind,
+        size=size,
+        cost=cost,
+        members=tuple(members),
+        reference_cost=row.reference(members[0].width, size, model.config.hidden_size) if row.reference else None,
+    )
 
-    def members(projection: str, dim: int, width: int) -> list[Member]:
-        found = [Member(f"{prefix}.{projection}.weight", dim, width)]
-        # A bias on the output side of a structure's rows goes with them; one after its columns belongs to nobody.
-        if dim == 0 and layer.get_submodule(projection).bias is not None:
-            found.append(Member(f"{prefix}.{projection}.bias", 0, width))
-        return found
 
-    attention = [
-        *members(family.query, 0, queries * head_dim),
-        *members(family.key, 0, head_dim),
-        *members(family.value, 0, head_dim),
-        *members(family.output, 1, queries * head_dim),
-    ]
-    mlp = [member for name in family.into_channels for member in members(name, 0, 1)]
-    mlp += members(family.out_of_channels, 1, 1)
+def _members(layer: nn.Module, projection: Projection, config: Any, *, prefix: str, size: int) -> list[Member]:
+    """The members of one projection, those of its bias included."""
+    module = layer.get_submodule(projection.module)
+    length = layer.get_parameter(f"{projection.module}.weight").shape[projection.dim]
+    shares = [int(getattr(config, key)) for key in projection.pieces] or [1]
+    members, offset = [], 0
+    for share in shares:
+        width, rest = divmod(length * share // sum(shares), size)
+        if rest or not width:
+            raise ValueError(
+                f"{prefix}.{projection.module} has {length} entries along dimension {projection.dim}, which {size} "
+                "structures cannot share out evenly"
+            )
+        names = ["weight"] + (["bias"] if projection.dim == 0 and getattr(module, "bias", None) is not None else [])
+        members += [Member(f"{prefix}.{projection.module}.{n}", projection.dim, width, offset) for n in names]
+        offset += width * size
+    return members
 
-    def cost(found: list[Member], size: int) -> int:
-        return sum(layer.get_parameter(m.parameter.removeprefix(f"{prefix}.")).numel() for m in found) // size
 
-    return [
-        Block(
-            layer=number,
-            kind="attention",
-            size=num_groups,
-            cost=cost(attention, num_groups),
-            reference_cost=4 * head_dim * hidden_size * queries,
-            members=tuple(attention),
-        ),
-        Block(
-            layer=number,
-            kind="mlp",
-            size=num_channels,
-            cost=cost(mlp, num_channels),
-            reference_cost=3 * num_channels,
-            members=tuple(mlp),
-        ),
-    ]
+def _numel(layer: nn.Module, member: Member, *, prefix: str) -> int:
+    """Parameters of one member that belong to one structure."""
+    shape = layer.get_parameter(member.parameter.removeprefix(f"{prefix}.")).shape
+    return member.width * shape.numel() // shape[member.dim]

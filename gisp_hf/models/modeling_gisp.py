@@ -28,7 +28,7 @@ from transformers import (
 )
 
 
-class _PrunedConfigMixin:
+class PrunedConfigMixin:
     """The checks of a pruned config, in place of the family's own."""
 
     _auto_class: Any = "AutoConfig"
@@ -47,7 +47,7 @@ class _PrunedConfigMixin:
                 )
 
 
-class _PrunedModelMixin:
+class PrunedModelMixin:
     """Rebuilds each decoder layer in the size that ``config.per_layer_config`` gives it."""
 
     _auto_class: Any = "AutoModelForCausalLM"
@@ -76,54 +76,54 @@ class _PrunedModelMixin:
 
 
 @strict
-class GispLlamaConfig(_PrunedConfigMixin, LlamaConfig):
+class GispLlamaConfig(PrunedConfigMixin, LlamaConfig):
     model_type = "gisp_llama"
 
 
-class GispLlamaForCausalLM(_PrunedModelMixin, LlamaForCausalLM):
+class GispLlamaForCausalLM(PrunedModelMixin, LlamaForCausalLM):
     config_class = GispLlamaConfig
 
 
 @strict
-class GispMistralConfig(_PrunedConfigMixin, MistralConfig):
+class GispMistralConfig(PrunedConfigMixin, MistralConfig):
     model_type = "gisp_mistral"
 
 
-class GispMistralForCausalLM(_PrunedModelMixin, MistralForCausalLM):
+class GispMistralForCausalLM(PrunedModelMixin, MistralForCausalLM):
     config_class = GispMistralConfig
 
 
 @strict
-class GispQwen2Config(_PrunedConfigMixin, Qwen2Config):
+class GispQwen2Config(PrunedConfigMixin, Qwen2Config):
     model_type = "gisp_qwen2"
 
 
-class GispQwen2ForCausalLM(_PrunedModelMixin, Qwen2ForCausalLM):
+class GispQwen2ForCausalLM(PrunedModelMixin, Qwen2ForCausalLM):
     config_class = GispQwen2Config
 
 
 @strict
-class GispQwen3Config(_PrunedConfigMixin, Qwen3Config):
+class GispQwen3Config(PrunedConfigMixin, Qwen3Config):
     model_type = "gisp_qwen3"
 
 
-class GispQwen3ForCausalLM(_PrunedModelMixin, Qwen3ForCausalLM):
+class GispQwen3ForCausalLM(PrunedModelMixin, Qwen3ForCausalLM):
     config_class = GispQwen3Config
 
 
 @strict
-class GispGemma2Config(_PrunedConfigMixin, Gemma2Config):
+class GispGemma2Config(PrunedConfigMixin, Gemma2Config):
     model_type = "gisp_gemma2"
 
 
-class GispGemma2ForCausalLM(_PrunedModelMixin, Gemma2ForCausalLM):
+class GispGemma2ForCausalLM(PrunedModelMixin, Gemma2ForCausalLM):
     config_class = GispGemma2Config
 
 
 @strict
-class GispGemma3TextConfig(_PrunedConfigMixin, Gemma3TextConfig):
+class GispGemma3TextConfig(PrunedConfigMixin, Gemma3TextConfig):
     model_type = "gisp_gemma3_text"
 
 
-class GispGemma3ForCausalLM(_PrunedModelMixin, Gemma3ForCausalLM):
+class GispGemma3ForCausalLM(PrunedModelMixin, Gemma3ForCausalLM):
     config_class = GispGemma3TextConfig

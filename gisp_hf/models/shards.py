@@ -1,24 +1,20 @@
-"""The one place that knows about ranks and shards.
+"""Parameters that are cut into rows over the processes (FSDP2), and names that wrappers have changed.
 
-Three ways of running are told apart here and nowhere else: one process; copies of the model on every rank, whose
-gradients DDP has averaged; and parameters cut into rows over the ranks (FSDP2, ``torch.distributed.fsdp.fully_shard``),
-where each rank holds some rows of every weight and the same rows of its gradient.
+A *rank* is a process. Three ways of running are told apart here and nowhere else: one process; copies of the model on
+every rank, whose gradients DDP has averaged; and parameters cut into rows over the ranks
+(``torch.distributed.fsdp.fully_shard``), where each rank holds some rows of every weight and of its gradient.
 """
 
-import hashlib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
-
-
-class DivergenceError(RuntimeError):
-    """Ranks have chosen different structures: their models are no longer the same."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +40,23 @@ def local_rows(tensor: torch.Tensor) -> Rows:
             f"parameters must be sharded by rows, as fully_shard does by default, got placements {tensor.placements}; "
             "tensor parallelism and shard_placement_fn are not supported"
         )
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Rows(tensor.to_local(), offset[0], tensor.shape[0])
+    first, length = 0, tensor.shape[0]  # of the part so far: one mesh dimension after the other cuts it further
+    for dimension, placement in enumerate(tensor.placements):
+        if isinstance(placement, Shard):
+            rank = tensor.device_mesh.get_local_rank(dimension)
+            length, offset = Shard.local_shard_size_and_offset(length, tensor.device_mesh.size(dimension), rank)
+            first += int(offset)
+    return Rows(tensor.to_local(), first, tensor.shape[0])
+
+
+# Wrappers of activation checkpointing and torch.compile put these into the names of parameters.
+_WRAPPERS = re.compile(r"\b(?:_checkpoint_wrapped_module|_orig_mod|_fsdp_wrapped_module)\.")
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``named_parameters`` with the names that the model has without wrappers; ``get_parameter`` takes both."""
+    for name, parameter in model.named_parameters():
+        yield _WRAPPERS.sub("", name), parameter
 
 
 def is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
@@ -62,13 +73,28 @@ def shard_group(parameter: torch.Tensor) -> dist.ProcessGroup | None:
     return None
 
 
-def add_over_shards(vectors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
-    """The sums of float32 vectors over the ranks of ``group``, in one all-reduce; unchanged without a group."""
+def add_over_ranks(tensors: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[torch.Tensor]:
+    """The sums of float32 tensors over the ranks of ``group``, in one all-reduce, all on the device of the first.
+
+    Without a group they are only brought to one device: a model that is spread over several (``device_map="auto"``)
+    gives its sums on several.
+    """
+    if not tensors:
+        return []
+    device = tensors[0].device
     if group is None:
-        return list(vectors)
-    flat = torch.cat([vector.float() for vector in vectors])
+        return [tensor.float().to(device) for tensor in tensors]
+    flat = torch.cat([tensor.float().flatten().to(device) for tensor in tensors])
     dist.all_reduce(flat, group=group)
-    return list(flat.split([len(vector) for vector in vectors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def all_ranks() -> dist.ProcessGroup | None:
+    """All processes, if there are several."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.group.WORLD
 
 
 def model_fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -91,24 +117,3 @@ def model_fingerprint(named_parameters: Iterable[tuple[str, torch.Tensor]]) -> s
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor, gathered over the ranks if it is sharded: every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def check_agreement(ranks: Sequence[torch.Tensor], *, step: int, device: torch.device) -> None:
-    """Makes sure that all processes have the same removal order: one all-reduce of two numbers.
-
-    Raises:
-        DivergenceError: on every process at once, so that none waits for the others.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    digest = hashlib.sha256()
-    for rank in ranks:
-        digest.update(rank.numpy().tobytes())
-    number = int.from_bytes(digest.digest()[:7], "big")
-    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MIN)
-    if int(extremes[0]) != -int(extremes[1]):
-        raise DivergenceError(
-            f"step {step}: the processes chose different structures, so their gradients differ. Every process must "
-            "load the same weights, and gradients must be averaged over all of them (leave DDP's synchronisation on)"
-        )

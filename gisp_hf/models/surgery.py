@@ -9,13 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gisp_hf.models.discovery import family_of
 from gisp_hf.models.families import Family
-from gisp_hf.models.layout import Block, Layout
+from gisp_hf.models.layout import Block, Layout, kind_of
 from gisp_hf.models.shards import local_rows
-
-
-def rows_of(structures: torch.Tensor, width: int) -> torch.Tensor:
-    """The rows that structures own: (n,) indices -> (n * width,) indices."""
-    return (structures[:, None] * width + torch.arange(width, device=structures.device)).flatten()
 
 
 @torch.no_grad()
@@ -23,52 +18,62 @@ def zero_structures(model: nn.Module, block: Block, structures: torch.Tensor) ->
     """Sets every weight of the given structures (indices, shape ``(n,)``) to zero; shapes stay."""
     for member in block.members:
         part = local_rows(model.get_parameter(member.parameter))  # of a sharded parameter, what this rank holds
-        rows = rows_of(structures, member.width).to(part.tensor.device)
+        rows = member.rows(structures).flatten().to(part.tensor.device)
         if member.dim == 0:
             rows = rows[(rows >= part.first) & (rows < part.first + len(part.tensor))] - part.first
         part.tensor.index_fill_(member.dim, rows, 0)
 
 
 @torch.no_grad()
-def slice_structures(model: PreTrainedModel, block: Block, keep: torch.Tensor) -> None:
-    """Keeps only the given structures (indices into what the model has *now*, shape ``(n,)``, increasing).
+def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torch.Tensor]) -> None:
+    """Keeps only the given structures.
 
     The ``Parameter`` objects stay the same, so that an optimizer or a hook that holds one goes on to work; their
     gradients are dropped, since they no longer fit. ``out_features`` and the like are set right.
+
+    Args:
+        layout: that of the model as it is *now*.
+        kept: per block of it, the increasing indices that stay.
     """
-    for member in block.members:
-        parameter = model.get_parameter(member.parameter)
+    for name, cuts in layout.rows_kept(kept).items():
+        parameter = model.get_parameter(name)
         parameter.grad = None
-        parameter.data = slice_tensor(parameter.data, member.dim, keep, member.width)
-        owner = model.get_submodule(member.parameter.rpartition(".")[0])
+        parameter.data = slice_tensor(parameter.data, cuts)
+        owner = model.get_submodule(name.rpartition(".")[0])
         if isinstance(owner, nn.Linear) and parameter.ndim == 2:
             owner.out_features, owner.in_features = parameter.shape
-    if block.kind == "mlp":
-        family = family_of(model)
-        for path, attribute in family.sized_attributes:
+    family = family_of(model)
+    rows = {row.kind: row for row in family.blocks}
+    for block, keep in zip(layout.blocks, kept):
+        for path, attribute in rows[block.kind].attributes if len(keep) < block.size else ():
             setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep))
 
 
-def slice_tensor(tensor: torch.Tensor, dim: int, keep: torch.Tensor, width: int) -> torch.Tensor:
-    """The kept structures' part of one parameter, as a contiguous tensor of its own."""
-    return tensor.index_select(dim, rows_of(keep, width).to(tensor.device)).contiguous()
+def slice_tensor(tensor: torch.Tensor, cuts: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
+    """The part of one parameter that stays (`Layout.rows_kept`), as a contiguous tensor of its own."""
+    for dim, rows in cuts:
+        tensor = tensor.index_select(dim, rows.to(tensor.device))
+    return tensor.contiguous()
 
 
 def set_pruned_config(
     config: PreTrainedConfig, family: Family, *, layout: Layout, counts: Sequence[int]
 ) -> PreTrainedConfig:
-    """Turns a config, in place, into that of the pruned model: ``counts`` structures are left in each block."""
+    """Turns a config, in place, into that of the pruned model.
+
+    Args:
+        layout: that of the unpruned model; ``config`` may be pruned already.
+        counts: structures that are left in each block.
+    """
     if getattr(config, "head_dim", None) is None:  # derived from sizes that are about to differ between layers
         config.head_dim = config.hidden_size // config.num_attention_heads
     overrides: dict[int | str, dict[str, int]] = {}
     for block, count in zip(layout.blocks, counts):
         layer = config.per_layer_config[block.layer]
         sizes = overrides.setdefault(block.layer, {})
-        if block.kind == "attention":
-            sizes["num_attention_heads"] = count * (layer.num_attention_heads // layer.num_key_value_heads)
-            sizes["num_key_value_heads"] = count
-        else:
-            sizes["intermediate_size"] = count
+        keys = kind_of(block.kind).config_keys
+        for key in keys:
+            sizes[key] = getattr(layer, key) // getattr(layer, keys[-1]) * count
     config.__class__ = family.pruned_config
     config.per_layer_config = overrides
     return config

@@ -1,0 +1,6 @@
+"""Tables and plots of a run."""
+
+from gisp_hf.report.plots import plot_loss, plot_perplexity, plot_removed
+from gisp_hf.report.tables import format_table
+
+__all__ = ["format_table", "plot_loss", "plot_perplexity", "plot_removed"]

@@ -1,132 +1,89 @@
-"""``GISPPruner``: a callback that makes a Trainer run a pruning run. It decides *when*; the engine does the work."""
+"""The callback that makes a Trainer run a pruning run. It knows *when*: the engine does the work, stages the rest."""
 
-import inspect
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
-from transformers.training_args import ParallelMode
 
 from gisp_hf.config import GISPConfig, level_name
-from gisp_hf.evaluation.levels import measure
-from gisp_hf.evaluation.perplexity import evaluation_mode
-from gisp_hf.hub import PushError, PushReport, write_metrics
-from gisp_hf.hub.publish import Publisher
-from gisp_hf.levels.save import check_output_folder, save_level
 from gisp_hf.losses.chunked import ChunkedLoss
-from gisp_hf.models import discover
-from gisp_hf.models.shards import check_agreement, is_sharded, model_fingerprint
+from gisp_hf.models import discover, family_of
+from gisp_hf.models.layout import kind_of
+from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.models.surgery import as_pruned_model
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.mode import CalibrationMode, check_arguments, check_model, check_run_length
-from gisp_hf.training.resume import Progress, checkpoint_folder, drop_weights, load_progress, save_progress
+from gisp_hf.training.checks import check_arguments, check_model, check_run_length
+from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
+from gisp_hf.training.identity import identify
+from gisp_hf.training.mode import CalibrationMode
+from gisp_hf.training.resume import (
+    Progress,
+    checkpoint_folder,
+    load_progress,
+    save_checkpoint,
+    save_progress,
+    set_aside_broken,
+)
+from gisp_hf.training.stages import Level, Run, Stage
+from gisp_hf.upstream import handler_of
 
-Evaluate = Callable[[PreTrainedModel], dict[str, float]] | Sequence[str]
+logger = logging.getLogger(__name__)
 
 
-class GISPPruner(TrainerCallback):
-    """Prunes the Trainer's model while ``trainer.train()`` runs over the calibration data.
-
-    One optimizer step is one pruning step: the gradients that the Trainer has accumulated become scores, the lowest
-    scored structures go, and the optimizer is left with no gradient, so that what survives keeps its weights bit for
-    bit. ``gradient_accumulation_steps`` times the batch size is the number of calibration examples per step. Each level
-    is saved under ``output_dir/sparsity-0.20`` and so on as soon as it is reached, the removal order under
-    ``output_dir/trajectory.*``, and the run ends by itself after ``config.num_steps`` steps.
-
-    Works under ``accelerate launch`` too: with DDP every process makes the same choice (checked at every step), with
-    FSDP2 scores are added up over the shards. With the Trainer's own checkpoints (``save_strategy="steps"``) a killed
-    run goes on by ``trainer.train(resume_from_checkpoint=True)``.
-
-    Args:
-        config: how to prune; the defaults of ``GISPConfig`` if None.
-        output_dir: where levels are saved; the Trainer's own ``output_dir`` if None.
-        shrink: slice structures out during the run, which makes it cheaper. None: wherever nothing wraps the
-            parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
-        layer_groups: bounds the memory of gradients by scoring the layers in this many groups, one pass over the data
-            for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
-        chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of a batch's
-            logits; None: as the model does it. Not with ``compute_loss_func``, nor with capped logits (Gemma 2).
-        evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to
-            run there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several
-            processes all of them evaluate.
-        hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
-            created if it does not exist. Only the main process pushes.
-        hub_private: whether a new repository is private.
-        hub_token: one that may write there; the one you are logged in with if None.
-        base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None.
-        base_revision: the commit of that model; looked up in the Hub cache if None.
-        calibration: facts about the calibration data, for the record.
-
-    Attributes:
-        trajectory: the removal order so far.
-        level_folders: level -> folder, for the levels saved so far.
-        level_metrics: level -> what ``evaluate`` returned.
-        push_report: what the Hub has confirmed, after the run.
-
-    Raises:
-        ValueError: when the Trainer is built or training begins, if the model or the arguments do not allow pruning.
-        FileExistsError, OSError: when training begins, if the output folder cannot be used.
-        PushError: when training begins, if the Hub repository cannot be written to; at its end, if a push failed for
-            good: the levels are safe in ``output_dir`` then.
-        FloatingPointError: during the run, if a loss or gradient is not finite.
-        DivergenceError: during the run, if processes choose different structures.
-    """
+class PruningCallback(TrainerCallback):
+    """Prunes the Trainer's model while ``trainer.train()`` runs. `gisp_hf.GISPPruner` is this with its usual stages."""
 
     def __init__(
         self,
-        config: GISPConfig | None = None,
-        output_dir: str | Path | None = None,
+        config: GISPConfig,
+        output_dir: str | Path | None,
         *,
-        shrink: bool | None = None,
-        layer_groups: int = 1,
-        chunk_tokens: int | None = None,
-        evaluate: Evaluate | None = None,
-        hub_model_id: str | None = None,
-        hub_private: bool | None = None,
-        hub_token: str | None = None,
-        base_model: str | None = None,
-        base_revision: str | None = None,
-        calibration: dict[str, Any] | None = None,
+        stages: Sequence[Stage],
+        shrink: bool | None,
+        layer_passes: int,
+        chunk_tokens: int | None,
+        base_model: str | None,
+        base_revision: str | None,
+        hide_path: bool,
+        calibration: dict[str, Any] | None,
     ) -> None:
-        self.config = config or GISPConfig()
+        self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
+        self.stages = list(stages)
         self.shrink = shrink
-        self.layer_groups = layer_groups
+        self.layer_passes = layer_passes
         self.chunk_tokens = chunk_tokens
-        self.evaluate = evaluate
-        self.hub_model_id = hub_model_id
-        self.hub_private = hub_private
-        self.hub_token = hub_token
-        self.push_report: PushReport | None = None
         self.base_model = base_model
         self.base_revision = base_revision
         self.calibration = calibration or {}
-        self.level_folders: dict[float, Path] = {}
-        self.level_metrics: dict[float, dict[str, float]] = {}
+        self.levels: dict[float, Level] = {}
+        self._hide_path = hide_path
         self._engine: Engine | None = None
         self._mode: CalibrationMode | None = None
+        self._use_cache: bool | None = None
         self._base: Base | None = None
         self._steps: list[Step] = []
         self._losses: list[float] = []  # of the passes since the last pruning step
-        self._resumed = False
-        self._publisher: Publisher | None = None
         self._chunked: ChunkedLoss | None = None
 
     @property
     def trajectory(self) -> Trajectory:
+        """The removal order so far."""
         if self._engine is None or self._base is None:
             raise RuntimeError("there is no trajectory before trainer.train() has begun")
         return Trajectory(
             layout=self._engine.layout,
-            ranks=tuple(rank.clone() for rank in self._engine.ranks),
+            order=tuple(positions.clone() for positions in self._engine.order),
             config=self.config,
             base=self._base,
             steps=tuple(self._steps),
@@ -138,13 +95,27 @@ class GISPPruner(TrainerCallback):
         assert self._engine is not None, "the Trainer has not called on_init_end or on_train_begin yet"
         return self._engine
 
+    @property
+    def level_folders(self) -> dict[float, Path]:
+        """Level -> folder, for the levels reached so far."""
+        return {sparsity: level.folder for sparsity, level in self.levels.items()}
+
+    @property
+    def level_metrics(self) -> dict[float, dict[str, float | None]]:
+        """Level -> what its evaluation returned; None for a number that is not finite."""
+        return {sparsity: dict(level.metrics) for sparsity, level in self.levels.items() if level.metrics}
+
     # ---- when ----------------------------------------------------------------------------------------------------
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        _move_before_trackers(self)
-        self._prepare(args, model)
+        move_before_trackers(self, handler_of(self))
+        with args.main_process_first(local=False, desc="looking at checkpoints"):
+            if args.process_index == 0 and args.output_dir is not None:
+                set_aside_broken(args.output_dir)
+        with self._giving_back():
+            self.prepare(args, model, use_cache=getattr(model.config, "use_cache", None))
 
     def on_train_begin(
         self,
@@ -153,106 +124,52 @@ class GISPPruner(TrainerCallback):
         control: TrainerControl,
         model: Any = None,
         train_dataloader: Any = None,
+        processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._engine is None:  # added by trainer.add_callback, after on_init_end
-            if _is_distributed(args):
+        handler = handler_of(self)
+        with self._giving_back():
+            if handler is not None and sum(isinstance(other, PruningCallback) for other in handler.callbacks) > 1:
+                raise ValueError("the Trainer has several GISPPruners, and only one can prune its model; give it one")
+            if self._engine is None:  # added by trainer.add_callback, after on_init_end
+                if is_distributed(args):
+                    raise ValueError(
+                        "with several processes GISPPruner must be in Trainer(callbacks=[...]) or started by "
+                        "gisp_hf.prune(trainer), not in add_callback: the model is wrapped with what requires a "
+                        "gradient when training begins"
+                    )
+                move_before_trackers(self, handler)
+                self.prepare(args, model, use_cache=None)
+            if self.engine.length:
                 raise ValueError(
-                    "with several processes GISPPruner must be in Trainer(callbacks=[...]), not in add_callback: "
-                    "the model is wrapped with what requires a gradient when training begins"
+                    "this GISPPruner has pruned already; build a new model, Trainer and GISPPruner for another run"
                 )
-            _move_before_trackers(self)
-            self._prepare(args, model)
-        if self.engine.length:
-            raise ValueError(
-                "this GISPPruner has pruned already; build a new model, Trainer and GISPPruner for another run"
-            )
-        self.engine.model = model  # FSDP2 has put another object in its place
-        assert self._mode is not None
-        try:
-            check_run_length(
-                args, state, num_steps=self.config.num_steps, passes=self.layer_groups, dataloader=train_dataloader
-            )
-            self._open_output(args, resumed=state.global_step > 0)
-            if self.hub_model_id is not None and state.is_world_process_zero:
-                self._publisher = Publisher(self.hub_model_id, private=self.hub_private, token=self.hub_token)
-            if state.global_step:
-                self._resume(args, state, model)
-            else:
-                self._base = self._identify(model)
-        except (ValueError, OSError, PushError):
-            self._mode.leave(model)
-            raise
-        self._mode.switch_off_dropout(model)
-        if self.chunk_tokens is not None:
-            self._chunked = ChunkedLoss(model, self.chunk_tokens)
-        if not _is_distributed(args) and args.gradient_accumulation_steps == 1:
-            self.engine.score_early()
+            self._begin(args, state, model, dataloader=train_dataloader, tokenizer=processing_class)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if self.layer_groups > 1 and self._mode is not None:
-            group = state.global_step % self.layer_groups
-            self._mode.require_gradients(model, self.engine.scored_parameters(group))
+        if self.layer_passes > 1 and self._mode is not None:
+            self._mode.require_gradients(self.engine.scored_parameters(state.global_step % self.layer_passes))
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        processing_class: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        step, group = state.global_step // self.layer_groups + 1, state.global_step % self.layer_groups
+        step, layer_pass = state.global_step // self.layer_passes + 1, state.global_step % self.layer_passes
         if step > self.config.num_steps:
             return
-        try:
-            if self._chunked is not None:
-                self._chunked.check_used()
-            self.engine.accumulate(group)
-        except (NonFiniteGradientError, ValueError) as error:
-            self._leave(model)
-            saved = ", ".join(folder.name for folder in self.level_folders.values()) or "none"
-            raise type(error)(
-                f"step {step} of {self.config.num_steps}: {error}. Levels saved before: {saved}"
-            ) from error
-        if group < self.layer_groups - 1:
-            return
-        targets = targets_of_step(
-            step, self.config.num_steps, levels=self.config.sparsity_levels, schedule=self.config.schedule
-        )
-        groups = channels = 0
-        for target, level in targets:
-            removal = self.engine.advance(target)
-            check_agreement(self.engine.ranks, step=step, device=args.device)
-            groups, channels = groups + removal.groups, channels + removal.channels
-            if level is not None:
-                self._save_level(level, model, tokenizer=processing_class, main_process=state.is_world_process_zero)
-                self._evaluate_level(level, model, state, tokenizer=processing_class)
-                if self._publisher is not None:
-                    self._publisher.add_level(
-                        level, self._level_folder(level), trajectory=self.trajectory, metrics=self.level_metrics
-                    )
-        self._steps.append(
-            Step(
-                step=step,
-                target=targets[-1][0],
-                sparsity=self.engine.sparsity,
-                parameters=self.engine.layout.total - self.engine.removed_parameters,
-                groups=groups,
-                channels=channels,
-            )
-        )
+        with self._giving_back():
+            self._score(step, layer_pass, model)
+            if layer_pass == self.layer_passes - 1:
+                self._remove(step, args, state, model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         control.should_log = True  # the Trainer measures the loss of a step only if it logs that step
-        if state.global_step >= self.config.num_steps * self.layer_groups:
+        if state.global_step >= self.config.num_steps * self.layer_passes:
             control.should_training_stop = True
-        if state.global_step % self.layer_groups:
+        if state.global_step % self.layer_passes:
             control.should_save = False  # in the middle of a pruning step there is nothing to go on from
         return control
 
@@ -265,206 +182,291 @@ class GISPPruner(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
-        if logs is None or "loss" not in logs:
+        if logs is None or "loss" not in logs or self._mode is None:
             return
         self._losses.append(float(logs["loss"]))
         if not self._steps or self._steps[-1].loss is not None:  # the step has passes to come
             return
-        # All passes of a step see the same data and the same model, up to the order of summing.
-        loss, self._losses = sum(self._losses) / len(self._losses), []
-        step = self._steps[-1] = replace(self._steps[-1], loss=loss)
-        if not math.isfinite(loss):
-            self._leave(model)
-            raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
-        numbers: dict[str, float] = {
-            "sparsity": step.sparsity,
-            "decoder_parameters": step.parameters,
-            "groups_removed": step.groups,
-            "channels_removed": step.channels,
-        }
-        logs.update(numbers)  # for the trackers and the progress bar, which come after this callback
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(numbers)
-        if state.is_world_process_zero:
-            tqdm.write(
-                f"GISP step {step.step}/{self.config.num_steps}: sparsity {step.sparsity:.4f}, loss {loss:.4f}, "
-                f"removed {step.groups} groups and {step.channels:,} channels, {step.parameters / 1e6:,.1f}M "
-                "parameters left in the decoder layers"
-            )
-            if control.should_save:  # before the Trainer's own files: a complete checkpoint always has the order
-                folder = checkpoint_folder(str(args.output_dir), state.global_step)
-                save_progress(folder, self.trajectory, self._progress(args, state))
+        with self._giving_back():
+            self._log_step(args, state, logs)
+            self._save_checkpoint(args, state, control, model)
 
-    def on_save(
+    def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        folder = checkpoint_folder(str(args.output_dir), state.global_step)
-        if state.is_world_process_zero and not is_sharded(model.parameters()) and folder.is_dir():
-            drop_weights(folder)
+        with self._giving_back():
+            self._save_checkpoint(args, state, control, model)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._leave(model)
+        self.close()
         done = len(self._steps)
         if done and self.output_dir is not None and state.is_world_process_zero:
             self.trajectory.save(self.output_dir)
         if done < self.config.num_steps:
+            saved = ", ".join(map(level_name, self.levels)) or "no level"
+            push = f"; `gisp-hf push {self.output_dir} --repo USER/NAME` publishes them" if self.levels else ""
             raise RuntimeError(
                 f"training ended after {done} of {self.config.num_steps} pruning steps: the data ran out, or another "
-                f"callback stopped it. Saved so far: {', '.join(map(level_name, self.level_folders)) or 'no level'}"
+                f"callback stopped it. Saved so far: {saved}{push}"
             )
-        if self.engine.shrink:
-            as_pruned_model(model, self.engine.layout, [len(keep) for keep in self.engine.kept()])
-        if self._publisher is not None and self.output_dir is not None:
-            self.push_report = self._publisher.finish(
-                self.output_dir, trajectory=self.trajectory, metrics=self.level_metrics
-            )
-            tqdm.write(f"GISP: {len(self.level_folders)} levels and main are at {self.push_report.url}")
+        for stage in self.stages:
+            stage.finish(self.trajectory, self.levels)
 
     # ---- how -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, args: TrainingArguments, model: PreTrainedModel) -> None:
-        """Everything that can be refused is refused here; then only what is scored keeps its gradient."""
+    def close(self) -> None:
+        """Gives the model back: flags, dropout, loss, hooks, modes. It keeps the structures that it has left.
+
+        The callback does this at the end of a run and on every error that passes through it; `gisp_hf.prune` does it
+        whatever happens. After an interruption elsewhere, such as Ctrl-C under a plain ``trainer.train()``, call it.
+        Closing again does nothing.
+        """
+        if self._mode is None:
+            return
+        mode, self._mode, self._chunked = self._mode, None, None
+        mode.close()
+        if self.engine.shrink:
+            _describe_sliced(mode.model, self.engine)
+
+    @contextmanager
+    def _giving_back(self) -> Iterator[None]:
+        """Gives the model back on every error, Ctrl-C included."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, args: TrainingArguments, model: PreTrainedModel, *, use_cache: bool | None) -> None:
+        """Refuses what can be refused before training. With several processes, only what is scored keeps its gradient.
+
+        Args:
+            use_cache: of the model's config, before the Trainer changes it; None if that is not known.
+        """
         check_arguments(args)
         check_model(model)
-        wrapped = _is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
+        wrapped = is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:
             raise ValueError(
                 "shrink=True needs a single process, without torch_compile and launcher; None lets zeros stay"
             )
-        if isinstance(self.evaluate, str):
+        if self.layer_passes > 1 and is_distributed(args) and not uses_fsdp(args):
             raise ValueError(
-                f"evaluate must be a function or a list of tasks, got {self.evaluate!r}; write [{self.evaluate!r}]"
-            )
-        if self.layer_groups > 1 and _is_distributed(args) and not args.fsdp:
-            raise ValueError(
-                f"layer_groups={self.layer_groups} changes which parameters have a gradient, which DDP cannot follow; "
-                "use FSDP2, a single process, or layer_groups=1"
+                f"layer_passes={self.layer_passes} changes which parameters have a gradient, which DDP cannot follow; "
+                "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_groups=self.layer_groups)
-        self._mode = CalibrationMode(model, self._engine.scored_parameters())
+        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_passes=self.layer_passes)
+        self._use_cache = use_cache
+        if is_distributed(args):  # the wrapper looks at the flags before training begins
+            self._mode = CalibrationMode(model)
+            self._mode.freeze_all_but(self._trained_parameters(model))
 
-    def _open_output(self, args: TrainingArguments, *, resumed: bool) -> None:
-        trainer_dir = Path(str(args.output_dir))
-        if args.process_index == 0 and not resumed:
-            own = self.output_dir is not None and self.output_dir != trainer_dir
-            check_output_folder(self.output_dir or trainer_dir, may_hold_others=not own)
-        self.output_dir = self.output_dir or trainer_dir
+    def _trained_parameters(self, model: PreTrainedModel) -> list[str]:
+        """Names of the parameters that need a gradient; the Trainer's backward pass needs one at least."""
+        if self.engine.criterion.needs == "weight_gradients":
+            return self.engine.scored_parameters()
+        layers = family_of(model).layers + "."
+        small = [name for name, p in plain_parameters(model) if p.ndim == 1 and not name.startswith(layers)]
+        return small[-1:] or [name for name, _ in plain_parameters(model)][-1:]  # the final norm
 
-    def _identify(self, model: PreTrainedModel) -> Base:
-        name = self.base_model or model.name_or_path or type(model).__name__
-        if self.hub_model_id is not None and Path(name).is_dir():
-            name = Path(name).resolve().name  # what is pushed should not tell where it lay on this machine
-        return Base(
-            id=name,
-            revision=self.base_revision or _cached_commit(name),
-            fingerprint=model_fingerprint(model.named_parameters()),
+    def _begin(
+        self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, *, dataloader: Any, tokenizer: Any
+    ) -> None:
+        """Refuses what only the data and the folders show, then puts the model in the state of a run."""
+        if self._mode is None:
+            self._mode = CalibrationMode(model)
+            self._mode.freeze_all_but(self._trained_parameters(model))
+        mode = self._mode
+        mode.model = self.engine.model = model  # FSDP2 has put another object in its place
+        mode.claim()
+        mode.keep_modes()
+        if self._use_cache is not None:
+            mode.on_close(lambda: setattr(model.config, "use_cache", self._use_cache))
+        check_run_length(args, state, num_steps=self.config.num_steps, passes=self.layer_passes, dataloader=dataloader)
+        resumed = state.global_step > 0
+        self.shared_dir = self.output_dir is None or self.output_dir == Path(str(args.output_dir))
+        self.output_dir = self.output_dir or Path(str(args.output_dir))
+        before = self._load_checkpoint(args, state, model) if resumed else None
+        name = self.base_model
+        self._base = (
+            before.base
+            if before is not None
+            else identify(model, name=name, revision=self.base_revision, hide_path=self._hide_path)
         )
+        run = Run(
+            output_dir=self.output_dir,
+            shared_dir=self.shared_dir,
+            main_process=state.is_world_process_zero,
+            resumed=resumed,
+            sliced=self.engine.shrink,
+            sharded=is_sharded(model.parameters()),
+            use_cache=True if self._use_cache is None else self._use_cache,
+            tokenizer=tokenizer,
+            trajectory=self.trajectory if before is None else before,
+        )
+        for stage in self.stages:
+            stage.begin(run)
+        if before is not None:
+            self._restore(before, model)
+        mode.switch_off_dropout()
+        clipped = mode.switch_off_clipping(args)
+        if clipped and state.is_world_process_zero:
+            tqdm.write(f"GISP: max_grad_norm={clipped:g} is off for this run, since clipping would change the scores")
+        if self.chunk_tokens is not None:
+            self._chunked = mode.enter(ChunkedLoss(model, self.chunk_tokens))
+        micro_batches = 0 if is_distributed(args) else args.gradient_accumulation_steps
+        mode.enter(self.engine.watch(micro_batches=micro_batches))
+
+    def _score(self, step: int, layer_pass: int, model: nn.Module) -> None:
+        try:
+            if self._chunked is not None:
+                self._chunked.check_used()
+            self.engine.accumulate(layer_pass)
+        except (NonFiniteGradientError, ValueError) as error:
+            saved = ", ".join(map(level_name, self.levels)) or "none"
+            raise type(error)(
+                f"step {step} of {self.config.num_steps}: {error}. Levels saved before: {saved}"
+            ) from error
+        for _, parameter in plain_parameters(model):
+            parameter.grad = None  # nothing for the optimizer to do: weights stay as they are
+
+    def _remove(self, step: int, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        """Removes what the step's targets ask for, and sends each level that is reached through the stages."""
+        targets = targets_of_step(
+            step, self.config.num_steps, levels=self.config.sparsity_levels, schedule=self.config.schedule
+        )
+        removed: dict[str, int] = {kind.name: 0 for kind in self.engine.layout.kinds}
+        for target, sparsity in targets:
+            for kind, count in self.engine.advance(target).items():
+                removed[kind] += count
+            check_agreement(self.engine.order, step=step, device=args.device)
+            if sparsity is not None:
+                self._reach(sparsity, model, state)
+        self._steps.append(
+            Step(
+                step=step,
+                target=targets[-1][0],
+                sparsity=self.engine.sparsity,
+                parameters=self.engine.layout.total - self.engine.removed_parameters,
+                removed=removed,
+            )
+        )
+
+    def _reach(self, sparsity: float, model: PreTrainedModel, state: TrainerState) -> None:
+        level = Level(sparsity, self.trajectory, model, self._level_folder(sparsity))
+        for stage in self.stages:
+            level = stage(level)
+        self.levels[sparsity] = level
+        if level.metrics:
+            entry: dict[str, Any] = {"level": sparsity, **level.metrics, "step": state.global_step + 1}
+            state.log_history.append(entry)
+
+    def _level_folder(self, sparsity: float) -> Path:
+        assert self.output_dir is not None
+        return self.output_dir / level_name(sparsity)
+
+    def _log_step(self, args: TrainingArguments, state: TrainerState, logs: dict[str, Any]) -> None:
+        # All passes of a step see the same data and the same model, up to the order of summing.
+        loss, self._losses = sum(self._losses) / len(self._losses), []
+        step = self._steps[-1] = replace(self._steps[-1], loss=loss)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
+        numbers: dict[str, float] = {"sparsity": step.sparsity, "decoder_parameters": step.parameters}
+        numbers |= {f"{kind_of(kind).plural}_removed": count for kind, count in step.removed.items()}
+        entries = [logs]  # for the trackers and the progress bar, which come after this callback
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            entries.append(state.log_history[-1])
+        for entry in entries:
+            entry.update(numbers)
+            if not entry.get("grad_norm"):  # gradients were scored and freed before the Trainer took their norm
+                entry.pop("grad_norm", None)
+        if state.is_world_process_zero:
+            counts = " and ".join(f"{count:,} {kind_of(kind).plural}" for kind, count in step.removed.items())
+            tqdm.write(
+                f"GISP step {step.step}/{self.config.num_steps}: sparsity {step.sparsity:.4f}, loss {loss:.4f}, "
+                f"removed {counts}, {step.parameters / 1e6:,.1f}M parameters left in the decoder layers"
+            )
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PreTrainedModel
+    ) -> None:
+        """Writes the checkpoint that the Trainer is about to write, in its place: whole at once, and without weights.
+
+        A sharded model's is left to the Trainer, which gathers weights that only it can load again.
+        """
+        if not control.should_save or self._mode is None:
+            return
+        sharded = is_sharded(model.parameters())
+        if state.is_world_process_zero:
+            progress = self._progress(args, state)
+            if sharded:  # before the Trainer's own files: a complete checkpoint always has the order
+                folder = checkpoint_folder(str(args.output_dir), state.global_step)
+                save_progress(folder, self.trajectory, progress)
+            else:
+                save_checkpoint(
+                    str(args.output_dir),
+                    trajectory=self.trajectory,
+                    progress=progress,
+                    state=state,
+                    limit=args.save_total_limit,
+                )
+        control.should_save = sharded
 
     def _progress(self, args: TrainingArguments, state: TrainerState) -> Progress:
         return Progress(
             global_step=state.global_step,
             world_size=args.world_size,
             examples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            layer_groups=self.layer_groups,
+            layer_passes=self.layer_passes,
             order=self.trajectory.digest() if self._base else "",
         )
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
-        """Takes up the removal order of the checkpoint that the Trainer has just read its own state from."""
+    def _load_checkpoint(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Trajectory:
+        """The removal order of the checkpoint that the Trainer has just read its own state from."""
         folder = checkpoint_folder(str(args.output_dir), state.global_step)
         before = load_progress(folder, self._progress(args, state))
-        if before.config != self.config or before.layout != self.engine.layout:
+        if before.config != self.config or before.layout.identity != self.engine.layout.identity:
             raise ValueError(
                 f"the checkpoint {folder} was made with another GISPConfig or model; resume with {before.config}"
             )
         if not is_sharded(model.parameters()):  # the Trainer has loaded the zeros into a sharded model already
             before.check_base(model)
-        self._base, self._steps, self._resumed = before.base, list(before.steps), True
-        for level in self.config.sparsity_levels:
-            reached = before.highest_sparsity() >= level - 1e-9
-            if reached and self._level_folder(level).is_dir():
-                self.level_folders[level] = self._level_folder(level)
-            elif reached:
+        for sparsity in self.config.sparsity_levels:
+            reached = before.highest_sparsity() >= sparsity - 1e-9
+            if reached and not self._level_folder(sparsity).is_dir():
                 raise ValueError(
-                    f"the checkpoint is beyond {level_name(level)}, but {self._level_folder(level)} is gone; put it "
-                    "back or start anew"
+                    f"the checkpoint is beyond {level_name(sparsity)}, but {self._level_folder(sparsity)} is gone; put "
+                    "it back or start anew"
                 )
-        self.engine.restore(before.ranks)
+        return before
 
-    def _level_folder(self, level: float) -> Path:
-        assert self.output_dir is not None
-        return self.output_dir / level_name(level)
-
-    def _save_level(self, level: float, model: PreTrainedModel, *, tokenizer: Any, main_process: bool) -> None:
-        assert self._mode is not None
-        folder = self._level_folder(level)
-        if main_process or is_sharded(model.parameters()):
-            save_level(
-                model,
-                folder,
-                trajectory=self.trajectory,
-                sliced=self.engine.shrink,
-                tokenizer=tokenizer,
-                use_cache=self._mode.use_cache,
-                main_process=main_process,
-                replace=self._resumed,  # a level saved after the checkpoint, by the run that was killed
-            )
-        self.level_folders[level] = folder
-
-    def _evaluate_level(self, level: float, model: PreTrainedModel, state: TrainerState, *, tokenizer: Any) -> None:
-        if self.evaluate is None:
-            return
-        if self._chunked is not None:
-            self._chunked.detach()
-        with evaluation_mode(model):
-            self.level_metrics[level] = (
-                dict(self.evaluate(model))
-                if callable(self.evaluate)
-                else measure(model, tokenizer, tasks=self.evaluate)
-            )
-        if self._chunked is not None:
-            self._chunked = ChunkedLoss(model, self._chunked.size)
-        state.log_history.append({"level": level, **self.level_metrics[level], "step": state.global_step + 1})
-        if state.is_world_process_zero:
-            write_metrics(self._level_folder(level), self.level_metrics[level])
-            numbers = ", ".join(f"{name} {value:.4f}" for name, value in self.level_metrics[level].items())
-            tqdm.write(f"{level_name(level)}: {numbers}")
-
-    def _leave(self, model: PreTrainedModel) -> None:
-        assert self._mode is not None
-        self._mode.leave(model)
-        if self._chunked is not None:
-            self._chunked.detach()
-            self._chunked = None
+    def _restore(self, before: Trajectory, model: PreTrainedModel) -> None:
+        self._steps = list(before.steps)
+        self.engine.restore(before.order)
+        for sparsity in self.config.sparsity_levels:
+            if before.highest_sparsity() >= sparsity - 1e-9:
+                folder = self._level_folder(sparsity)
+                self.levels[sparsity] = Level(sparsity, Trajectory.load(folder), model, folder)
 
 
-def _move_before_trackers(callback: GISPPruner) -> None:
-    """Lets this callback see logs first, so that what it adds to them reaches the trackers of ``report_to``.
-
-    The Trainer puts the trackers before the callbacks of ``callbacks=[...]``, and hands a callback no way to its
-    handler; the caller's frame is the only one.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-        frame = frame.f_back
-    if frame is not None:
-        callbacks = frame.f_locals["self"].callbacks
-        callbacks.remove(callback)
-        callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
+def move_before_trackers(callback: TrainerCallback, handler: CallbackHandler | None) -> None:
+    """Lets this callback see logs first, so that what it adds to them reaches the trackers of ``report_to``."""
+    if handler is not None:
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
 
 
-def _is_distributed(args: TrainingArguments) -> bool:
-    """Whether DDP or FSDP wraps the model: under a launcher they do so with a single process too."""
-    return args.parallel_mode == ParallelMode.DISTRIBUTED
-
-
-def _cached_commit(model_id: str) -> str | None:
-    """The commit of a Hub model, read from the name of its folder in the local cache."""
+def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:
+    """Gives a model that has lost structures the class and config that say so; an unchanged one stays as it is."""
     try:
-        path = try_to_load_from_cache(model_id, "config.json")
-    except ValueError:  # not a repository id: a local folder
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None
+        sizes = [block.size for block in discover(model).blocks]  # read off the weights, as they are
+    except ValueError as error:  # interrupted between two parameters of one block
+        logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
+        return
+    if sizes != [block.size for block in engine.layout.blocks]:
+        as_pruned_model(model, engine.layout, sizes)

@@ -1,20 +1,34 @@
 """Going on after a crash: what a Trainer checkpoint of a pruning run holds, and how it is read back.
 
-Weights never change, so a checkpoint needs no copy of them: the base model and the removal order so far are enough. The
-weights that the Trainer writes are replaced by an empty file of the same name, which is what it looks for on resuming.
+Weights never change, so a checkpoint needs no copy of them: the base model and the removal order so far are enough. A
+checkpoint is written under another name and renamed once it is whole. It holds an empty file in the place of the
+weights, which the Trainer looks for on resuming, and no config.json, so that ``from_pretrained`` refuses it.
+
+Sharded models (FSDP2) are the exception: there the Trainer writes its own checkpoints, weights included.
 """
 
+import itertools
 import json
+import logging
+import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.atomic import replace_folder, unique_beside, write_text_atomic
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
 PROGRESS_FILE = "gisp.json"
+STATE_FILE = "trainer_state.json"  # the Trainer's name for it
+
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", re.ASCII)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class Progress:
     global_step: int
     world_size: int
     examples_per_step: int
-    layer_groups: int
+    layer_passes: int
     order: str  # Trajectory.digest()
 
 
@@ -33,22 +47,98 @@ def checkpoint_folder(output_dir: str | Path, global_step: int) -> Path:
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{global_step}"
 
 
+def save_checkpoint(
+    output_dir: str | Path, *, trajectory: Trajectory, progress: Progress, state: TrainerState, limit: int | None
+) -> None:
+    """Writes a whole checkpoint or none, and removes the oldest ones beyond ``limit``.
+
+    Raises:
+        OSError: if it cannot be written; older checkpoints are as before.
+    """
+    folder = checkpoint_folder(output_dir, progress.global_step)
+    temporary = unique_beside(folder)
+    temporary.mkdir(parents=True)
+    try:
+        save_progress(temporary, trajectory, progress)
+        note = {"format": "pt", "note": "weights are those of the base model; see trajectory.json"}
+        save_file({}, temporary / SAFE_WEIGHTS_NAME, metadata=note)
+        state.save_to_json(str(temporary / STATE_FILE))
+        replace_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    rotate_checkpoints(output_dir=str(output_dir), save_total_limit=limit, use_mtime=True)
+
+
 def save_progress(folder: Path, trajectory: Trajectory, progress: Progress) -> None:
-    """Writes the order so far into a Trainer checkpoint, before the Trainer completes that with its own files."""
+    """Writes the order so far into a checkpoint."""
     trajectory.save(folder)
-    temporary = folder / f"{PROGRESS_FILE}.tmp"
-    temporary.write_text(json.dumps(asdict(progress), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(folder / PROGRESS_FILE)
+    write_text_atomic(folder / PROGRESS_FILE, json.dumps(asdict(progress), indent=1, sort_keys=True) + "\n")
 
 
-def drop_weights(folder: Path) -> None:
-    """Replaces the weights in a Trainer checkpoint by an empty file of the same name."""
-    empty = folder / f"{SAFE_WEIGHTS_NAME}.tmp"
-    save_file({}, empty, metadata={"format": "pt", "note": "weights are those of the base model; see trajectory.json"})
-    empty.replace(folder / SAFE_WEIGHTS_NAME)
-    (folder / SAFE_WEIGHTS_INDEX_NAME).unlink(missing_ok=True)
-    for shard in folder.glob("model-?????-of-?????.safetensors"):
-        shard.unlink()
+def newest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a pruning run that is whole; None if there is none."""
+    folders = sorted(_checkpoints(output_dir), key=_step_of, reverse=True)
+    return next((folder for folder in folders if _fault_of(folder) is None), None)
+
+
+def set_aside_broken(output_dir: str | Path) -> list[Path]:
+    """Renames checkpoints of pruning runs that are not whole, so that the Trainer resumes from the newest whole one.
+
+    Only folders that hold a file of ours are touched, and only those newer than the newest whole one: the Trainer takes
+    the one with the highest number. They get a name that the Trainer passes over; nothing is deleted.
+
+    Returns:
+        their new names.
+    """
+    moved = []
+    for folder in sorted(_checkpoints(output_dir), key=_step_of, reverse=True):
+        fault = _fault_of(folder)
+        if fault is None:
+            break
+        if not any((folder / name).exists() for name in (PROGRESS_FILE, ORDER_FILE, FACTS_FILE)):
+            continue
+        aside = next(
+            path
+            for number in itertools.count(1)
+            if not (path := folder.with_name(f"incomplete-{folder.name}-{number}")).exists()
+        )
+        folder.rename(aside)
+        logger.warning("the checkpoint %s is not whole (%s): it is now %s", folder, fault, aside.name)
+        moved.append(aside)
+    return moved
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    output_dir = Path(output_dir)
+    found = output_dir.iterdir() if output_dir.is_dir() else ()
+    return [path for path in found if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+def _fault_of(folder: Path) -> str | None:
+    """What makes a checkpoint useless, or None."""
+    for name in (PROGRESS_FILE, ORDER_FILE, FACTS_FILE, STATE_FILE):
+        if not (folder / name).is_file():
+            return f"it lacks {name}"
+    try:
+        progress, trajectory = _read(folder)
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (TypeError, ValueError, OSError) as error:
+        return str(error)
+    if progress.order != trajectory.digest() or progress.global_step != _step_of(folder):
+        return "its removal order is not the one it was saved with"
+    return None
+
+
+def _read(folder: Path) -> tuple[Progress, Trajectory]:
+    facts = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    if "layer_groups" in facts:  # the name in version 0.1
+        facts["layer_passes"] = facts.pop("layer_groups")
+    return Progress(**facts), Trajectory.load(folder)
 
 
 def load_progress(folder: Path, expected: Progress) -> Trajectory:
@@ -66,8 +156,7 @@ def load_progress(folder: Path, expected: Progress) -> Trajectory:
             "inside the Trainer's output_dir, or start anew in an empty folder"
         )
     try:
-        found = Progress(**json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")))
-        trajectory = Trajectory.load(folder)
+        found, trajectory = _read(folder)
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"the checkpoint {folder} is damaged: {error}. Resume from an earlier one") from error
     if found.order != trajectory.digest() or found.global_step != expected.global_step:
@@ -75,7 +164,7 @@ def load_progress(folder: Path, expected: Progress) -> Trajectory:
             f"the checkpoint {folder} is damaged: its removal order is not the one it was saved with. Resume from an "
             "earlier one"
         )
-    for name in ("world_size", "examples_per_step", "layer_groups"):
+    for name in ("world_size", "examples_per_step", "layer_passes"):
         before, now = getattr(found, name), getattr(expected, name)
         # Another number of processes is fine as long as every step sees as many examples as before.
         if before != now and name != "world_size":

@@ -21,7 +21,7 @@ Returns:
     accuracy, accuracy_normalized: fractions 0-1.
     accuracy_stderr, accuracy_normalized_stderr: their standard errors; None for a single question.
 Examples:
-    >>> metric = evaluate.load("gisp_hf/metrics/choice_accuracy")
+    >>> metric = evaluate.load("gisp_hf/evaluation/metrics/choice_accuracy")
     >>> metric.compute(predictions=[[-4.0, -6.0], [-1.0, -2.0]], references=[1, 0], lengths=[[4, 12], [3, 3]])
     {'accuracy': 0.5, 'accuracy_stderr': 0.5, 'accuracy_normalized': 1.0, 'accuracy_normalized_stderr': 0.0}
 """

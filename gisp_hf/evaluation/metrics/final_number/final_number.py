@@ -22,7 +22,7 @@ Returns:
     exact_match_strict, exact_match_flexible: fractions 0-1.
     exact_match_strict_stderr, exact_match_flexible_stderr: their standard errors; None for a single answer.
 Examples:
-    >>> metric = evaluate.load("gisp_hf/metrics/final_number")
+    >>> metric = evaluate.load("gisp_hf/evaluation/metrics/final_number")
     >>> metric.compute(predictions=["2 + 2 = 4. #### 4"], references=["2 and 2 make 4\\n#### 4"])["exact_match_strict"]
     1.0
 """

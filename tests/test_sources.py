@@ -5,7 +5,8 @@ import pytest
 from datasets import ClassLabel, Features, Value
 from datasets import List as ListOf
 
-from gisp_hf.data.sources import SOURCES, Candidate, choose_objective, find_sources
+from gisp_hf.data.records import Candidate
+from gisp_hf.data.sources import SOURCES, choose_objective, find_sources
 
 TEXT, WHOLE = Value("string"), Value("int32")
 CHOICES = {"text": ListOf(TEXT), "label": ListOf(TEXT)}

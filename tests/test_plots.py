@@ -1,19 +1,24 @@
-"""Tables to the letter; plots by what matplotlib drew and by the size of the file."""
+"""Plots, by what matplotlib drew and by the size of the file."""
 
 import struct
 import sys
 
 import pytest
 
-from gisp_hf.report import plots as report
-from gisp_hf.report.plots import format_table, plot_loss, plot_perplexity, plot_removed
+from gisp_hf.report import plot_loss, plot_perplexity, plot_removed, plots
 
 LEVELS = {"iterative": [(0.4, 83.5), (0.2, 34.2)], "one shot": [(0.2, 41.9), (0.4, 310.0)]}
+
+
 REMOVED = {
     0.4: {"attention groups": [0.0, 1 / 3, 2 / 3, 0.0], "MLP channels": [0.0, 0.5, 0.8, 0.0]},
     0.2: {"attention groups": [0.0, 0.0, 1 / 3, 0.0], "MLP channels": [0.0, 0.2, 0.4, 0.0]},
 }
+
+
 STEPS = [{"step": k, "sparsity": 0.1 * k, "loss": 3.0 + 0.5 * k} for k in range(5)]
+
+
 PLOTS = {
     "perplexity": lambda path: plot_perplexity(LEVELS, path, baselines={"dense": 23.0}),
     "removed": lambda path: plot_removed(REMOVED, path),
@@ -24,42 +29,9 @@ PLOTS = {
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that the plot functions make, to look into."""
-    made, new_figure = [], report._new_figure
-    monkeypatch.setattr(report, "_new_figure", lambda: made.append(new_figure()) or made[-1])
+    made, new_figure = [], plots._new_figure
+    monkeypatch.setattr(plots, "_new_figure", lambda: made.append(new_figure()) or made[-1])
     return made
-
-
-def test_table_to_the_letter():
-    rows = [
-        {"level": "dense", "sparsity": 0.0, "parameters": 134515008, "perplexity": 23.754, "other": 1},
-        {"level": "a|b", "sparsity": 0.25, "parameters": 98304, "perplexity": 1234.5},
-        {"level": None, "sparsity": None, "parameters": None, "perplexity": float("inf")},
-    ]
-    columns = {"level": "level", "sparsity": "sparsity", "parameters": "parameters", "perplexity": "ppl"}
-    assert format_table(rows, columns, formats={"sparsity": ".0%"}).splitlines() == [
-        "| level | sparsity |  parameters |      ppl |",
-        "| ----- | -------: | ----------: | -------: |",
-        "| dense |       0% | 134,515,008 |    23.75 |",
-        "| a\\|b  |      25% |      98,304 | 1,234.50 |",
-        "| -     |        - |           - |      inf |",
-    ]
-
-
-def test_table_without_rows_is_a_heading():
-    assert format_table([], {"a": "name"}) == "| name |\n| ---: |"
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "formats", "message"),
-    [
-        ([{"a": 1}, {"b": 1}], {"a": "A"}, None, r"row 1 lacks \['a'\]"),
-        ([{"a": 1}], {"a": "A"}, {"b": ".0f"}, r"formats names \['b'\]"),
-        ([{"a": 1}], {}, None, "columns is empty"),
-    ],
-)
-def test_table_names_the_key_that_does_not_fit(rows, columns, formats, message):
-    with pytest.raises(ValueError, match=message):
-        format_table(rows, columns, formats=formats)
 
 
 @pytest.mark.parametrize("plot", PLOTS)

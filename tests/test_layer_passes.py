@@ -11,7 +11,7 @@ from tests.tiny import tiny_blocks, tiny_model
 
 
 def run(folder, groups: int, **arguments):
-    pruner = GISPPruner(tiny_config(), folder / "levels", layer_groups=groups)
+    pruner = GISPPruner(tiny_config(), folder / "levels", layer_passes=groups)
     model = tiny_model("gemma2")
     prune(model, folder, pruner=pruner, max_steps=5 * groups, **arguments)
     return pruner.trajectory, model
@@ -21,7 +21,7 @@ def run(folder, groups: int, **arguments):
 def test_groups_give_the_same_order(groups, tmp_path) -> None:
     expected, dense = run(tmp_path / "one", 1)
     found, model = run(tmp_path / "groups", groups)
-    assert all(torch.equal(a, b) for a, b in zip(found.ranks, expected.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order))
     for a, b in zip(found.steps, expected.steps):
         assert (a.step, a.sparsity, a.groups, a.channels) == (b.step, b.sparsity, b.groups, b.channels)
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
@@ -35,10 +35,10 @@ def test_only_one_group_has_gradients_at_a_time(tmp_path) -> None:
     seen = []
 
     class Witness(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        def on_substep_end(self, args, state, control, model=None, **kwargs):  # in the last batch they are freed
             seen.append({int(n.split(".")[2]) for n, p in model.named_parameters() if p.grad is not None})
 
-    pruner = GISPPruner(tiny_config(num_steps=2), tmp_path / "levels", layer_groups=2)
+    pruner = GISPPruner(tiny_config(num_steps=2), tmp_path / "levels", layer_passes=2)
     trainer = make_trainer(tiny_model(), tmp_path, pruner=pruner, max_steps=4)
     trainer.callback_handler.callbacks.insert(0, Witness())
     trainer.train()
@@ -49,31 +49,31 @@ def test_early_scores_equal_late_ones(tmp_path) -> None:
     # one batch a step: scored inside the backward pass; two half batches: after it
     early = prune(tiny_model(), tmp_path / "a", gradient_accumulation_steps=1, per_device_train_batch_size=16)
     late = prune(tiny_model(), tmp_path / "b", gradient_accumulation_steps=2, per_device_train_batch_size=8)
-    assert all(torch.equal(a, b) for a, b in zip(early.trajectory.ranks, late.trajectory.ranks))
+    assert all(torch.equal(a, b) for a, b in zip(early.trajectory.order, late.trajectory.order))
 
 
 def test_early_scoring_frees_each_gradient_at_once() -> None:
     model = tiny_model()
     engine = Engine(model, discover(model), tiny_config(sparsity_levels=(0.3,)))
-    engine.score_early()
-    alive = []
-    last = model.get_parameter(engine.scored_parameters()[0])  # the first layer is reached last
-    last.register_post_accumulate_grad_hook(
-        lambda _: alive.extend(n for n in engine.scored_parameters() if model.get_parameter(n).grad is not None)
-    )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in engine.scored_parameters())
-    ids = torch.stack([block["input_ids"] for block in tiny_blocks(4)])
-    for _ in range(2):  # the hooks live on after the parameters have shrunk
-        model(input_ids=ids, labels=ids).loss.backward()
-        assert len(alive) <= 1
-        engine.accumulate()
-        engine.advance(0.3)
+    with engine.watch(micro_batches=1):
+        alive = []
+        last = model.get_parameter(engine.scored_parameters()[0])  # the first layer is reached last
+        last.register_post_accumulate_grad_hook(
+            lambda _: alive.extend(n for n in engine.scored_parameters() if model.get_parameter(n).grad is not None)
+        )
+        ids = torch.stack([block["input_ids"] for block in tiny_blocks(4)])
+        for _ in range(2):  # the hooks live on after the parameters have shrunk
+            model(input_ids=ids, labels=ids).loss.backward()
+            assert len(alive) <= 1
+            engine.accumulate()
+            engine.advance(0.3)
 
 
 def test_bad_group_counts_and_data_are_refused(tmp_path) -> None:
     def trainer(groups, **arguments):
-        pruner = GISPPruner(tiny_config(), tmp_path / "levels", layer_groups=groups)
+        pruner = GISPPruner(tiny_config(), tmp_path / "levels", layer_passes=groups)
         return make_trainer(tiny_model(), tmp_path, pruner=pruner, **arguments)
 
     with pytest.raises(ValueError, match="must lie between 1 and the 4 layers that are pruned, got 5"):

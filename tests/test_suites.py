@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from gisp_hf.evaluation.choices import multiple_choice_accuracy
-from gisp_hf.evaluation.suites import evaluate_suite
+from gisp_hf.evaluation import evaluate_suite, multiple_choice_accuracy
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TASK = """\
@@ -71,16 +70,18 @@ def test_harness_and_own_accuracy_agree_to_the_last_decimal(tmp_path: Path) -> N
         evaluate_suite(model, tokenizer, ["other_choice"], include_path=tmp_path)
 
 
-def test_bad_requests_are_refused_before_anything_is_loaded() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    with pytest.raises(ValueError, match="tasks must be a list of at least one name, got 'piqa'"):
-        evaluate_suite(model, tokenizer, "piqa")
-    with pytest.raises(ValueError, match=r"at least one name, got \[\]"):
-        evaluate_suite(model, tokenizer, [])
-    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
-        evaluate_suite(model, tokenizer, ["piqa"], limit=0)
-    with pytest.raises(ValueError, match="num_fewshot must be at least 0, got -1"):
-        evaluate_suite(model, tokenizer, ["piqa"], num_fewshot=-1)
+@pytest.mark.parametrize(
+    ("tasks", "options", "message"),
+    [
+        ("piqa", {}, "tasks must be a list of at least one name, got 'piqa'"),
+        ([], {}, r"at least one name, got \[\]"),
+        (["piqa"], {"limit": 0}, "limit must be at least 1, got 0"),
+        (["piqa"], {"num_fewshot": -1}, "num_fewshot must be at least 0, got -1"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_loaded(tasks, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate_suite(tiny_model(), tiny_tokenizer(), tasks, **options)
 
 
 def test_a_missing_lm_eval_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

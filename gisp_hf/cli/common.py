@@ -1,0 +1,44 @@
+"""What subcommands share: where a run is, how lines are printed, and words that recur in the help."""
+
+import sys
+
+import torch
+
+from gisp_hf.levels.info import find_run
+from gisp_hf.untrusted import printable, printable_lines
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LOGIN = "Private and gated repositories, and pushing, need a login: `hf auth login`, or the variable HF_TOKEN."
+SOURCE_HELP = "the output folder of a pruning run, or a repository on the Hub (user/name)"
+FOLDER_HELP = "the output folder of a pruning run: sparsity-* folders and the trajectory"
+REVISION_HELP = "branch, tag or commit of the repository (default: main; of no effect on a folder)"
+NEW_CARDS_HELP = "write new cards, with what was measured since, in place of those in the folders (default: keep them)"
+LICENSE_HELP = (
+    "license of the pruned model, as the Hub writes it: apache-2.0, mit, llama3.1 ... (default: that of the base "
+    "model, if its card is {where}; else the cards name none). A README.md in the folder of the run or of a level "
+    "is the card of main or of that level, unless this option is given"
+)
+
+
+def say(text: str, *, end: str = "\n") -> None:
+    """Prints a result to stdout, without anything that could steer a terminal."""
+    print(printable_lines(text), end=end)
+
+
+def note(text: object) -> None:
+    """Prints one line about the work to stderr."""
+    print(printable(text), file=sys.stderr)
+
+
+def run_folder(source: str) -> str:
+    """The folder that holds the levels, if ``source`` only holds that folder; a repository stays as it is.
+
+    Raises:
+        ValueError: if several folders in it hold levels.
+    """
+    found = str(find_run(source))
+    if found != source.rstrip("/"):
+        note(f"using {found}")
+        return found
+    return source

@@ -1,0 +1,53 @@
+"""``gisp-hf push``: every level of a run to one repository on the Hub."""
+
+import argparse
+from pathlib import Path
+
+from gisp_hf.cli.common import FOLDER_HELP, LICENSE_HELP, LOGIN, NEW_CARDS_HELP, run_folder, say
+from gisp_hf.hub import push_levels, read_levels
+from gisp_hf.hub.run_cards import card_writer
+
+DESCRIPTION = (
+    "Push every level of a run as a branch of one repository, with a card each, and what they have in common as "
+    "main. What is there already is not sent again, so a push that was cut off is finished by another. " + LOGIN
+)
+EXAMPLE = "gisp-hf push runs/quickstart --repo me/SmolLM2-135M-gisp --tag v1 --license apache-2.0"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="FOLDER", help=FOLDER_HELP)
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="repository; made if need be (required)")
+    parser.add_argument(
+        "--private",
+        action="store_true",
+        help="make a new repository private, and refuse one that is public (default: as your account has it)",
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="push over the levels of another run that the repository holds (default: refuse)",
+    )
+    parser.add_argument(
+        "--tag", metavar="NAME", help="tag the result: v1 for main, v1-sparsity-0.20 ... for levels (default: no tag)"
+    )
+    parser.add_argument("--license", metavar="ID", help=LICENSE_HELP.format(where="on the Hub"))
+    parser.add_argument("--new-cards", action="store_true", help=NEW_CARDS_HELP)
+
+
+def run(options: argparse.Namespace) -> None:
+    folder = Path(run_folder(options.folder))
+    card = card_writer(
+        folder, read_levels(folder), repo_id=options.repo, license=options.license, fetch=True, new=options.new_cards
+    )
+    report = push_levels(
+        folder,
+        options.repo,
+        private=options.private or None,
+        replace=options.replace,
+        tag=options.tag,
+        card=card,
+    )
+    done = f"{len(report.sent)} of {len(report.commits)} branches changed" if report.sent else "nothing had changed"
+    say(f"{report.url}: {', '.join(report.commits)} ({done})")
+    if report.tags:
+        say(f"tags: {', '.join(report.tags)}")

@@ -1,0 +1,143 @@
+"""The files of a folder, or of one revision of a repository on the Hub, checked before anything is made of them."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors, hf_hub_download, is_offline_mode
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from gisp_hf.untrusted import check_model_config, check_weight_map, odd_contents, read_json
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def checked_token(token: str | None) -> str:
+    """The token, if it can be one.
+
+    Raises:
+        ValueError: if not. The HTTP library would quote it in its own error.
+    """
+    if not token:
+        raise ValueError("there is no token for the Hub; log in with `hf auth login`, or give one that may write")
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError("the token holds spaces, line ends or letters that no token has; copy it again")
+    return token
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a folder, or of one revision of a repository, by exact name."""
+
+    source: str | Path
+    revision: str | None
+    token: str | None
+    endpoint: str | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.source} at revision {self.revision}" if self.revision else str(self.source)
+
+    def fetch(self, filename: str) -> Path | None:
+        """A local copy of the file, or None if there is no such file.
+
+        Raises:
+            ValueError: if it is JSON that is damaged, or larger or deeper than any that is needed.
+        """
+        path = self._fetch(filename)
+        if path is not None and path.suffix == ".json":
+            try:
+                read_json(path)  # before any library parses it
+            except ValueError as error:
+                raise ValueError(f"{filename} of {self.label} cannot be read: {error}") from error
+        return path
+
+    def _fetch(self, filename: str) -> Path | None:
+        if Path(self.source).is_dir():
+            path = Path(self.source) / filename
+            return path if path.is_file() else None
+        name, revision = str(self.source), self.revision
+        try:
+            return Path(hf_hub_download(name, filename, revision=revision, token=self.token, endpoint=self.endpoint))
+        except errors.RemoteEntryNotFoundError:
+            return None
+        except errors.LocalEntryNotFoundError:
+            if is_offline_mode():  # what is not in the cache cannot be told from what does not exist
+                return None
+            raise
+
+    @contextmanager
+    def opened(self, filename: str) -> Iterator[Any]:
+        """A safetensors file, open for reading. A missing one, or one that is damaged, is an error of the user's."""
+        if (path := self.fetch(filename)) is None:
+            raise FileNotFoundError(f"{self.label} lacks {filename}, which its {INDEX_FILE} names")
+        try:
+            # pread: mapped pages would count as memory, and stay until the file is closed
+            with safe_open(path, framework="pt", backend="pread") as file:
+                yield file
+        except SafetensorError as error:
+            raise ValueError(f"{filename} of {self.label} cannot be read: {error}") from error
+
+
+def pin(files: Files, filename: str) -> tuple[Files, Path | None]:
+    """The same files in one commit, even if a branch moves meanwhile, and the first file that is asked of them."""
+    try:
+        path = files.fetch(filename)
+    except errors.GatedRepoError:
+        raise  # says itself what to do
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise FileNotFoundError(
+            f"{files.source} is neither a folder here nor a repository on the Hub that you can read; check the name, "
+            "or log in with `hf auth login` if it is private"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ValueError(f"{files.source} has no revision {files.revision!r}; give a branch, tag or commit") from error
+    if Path(files.source).is_dir():
+        return replace(files, revision=None), path
+    # A file of the Hub lies in a folder that is named after its commit.
+    return (files if path is None else replace(files, revision=path.parent.name)), path
+
+
+def read_model_config(folder: str | Path, *, label: str | None = None) -> PreTrainedConfig:
+    """The config of the checkpoint in a folder; its sizes are bounded before any library sees them.
+
+    Args:
+        label: what errors call the checkpoint; the folder if None.
+
+    Raises:
+        FileNotFoundError: if there is no ``config.json``.
+        ValueError: if it cannot be that of a model that is known here. No remote code is run.
+    """
+    with odd_contents(f"{CONFIG_FILE} of {label or folder}"):
+        check_model_config(read_json(Path(folder) / CONFIG_FILE))
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def empty_model(config: PreTrainedConfig, *, label: str) -> PreTrainedModel:
+    """The model of a config, without weights: on the meta device.
+
+    Args:
+        label: what errors call the checkpoint that the config comes from.
+
+    Raises:
+        ValueError: if no model can be built from it.
+    """
+    with odd_contents(f"{CONFIG_FILE} of {label}"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def read_weight_map(path: Path, *, label: str | None = None) -> dict[str, str]:
+    """Tensor -> file beside it, from the index of a checkpoint in shards.
+
+    Raises:
+        ValueError: if it is damaged, or names a file that cannot lie there.
+    """
+    with odd_contents(f"{path.name} of {label or path.parent}"):
+        return check_weight_map(read_json(path))

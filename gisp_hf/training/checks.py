@@ -1,0 +1,133 @@
+"""Refusals: what must hold before a Trainer may prune."""
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from gisp_hf.models.shards import plain_parameters
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuses ways of running whose gradients cannot be scored.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if args.fp16:
+        raise ValueError(
+            "fp16=True scales gradients up and skips steps that overflow, which breaks the scores; use bf16=True, or "
+            "load the model in bfloat16"
+        )
+    if args.deepspeed:
+        raise ValueError(
+            "deepspeed is not supported: its gradients are not on the parameters; use accelerate launch with DDP or "
+            "FSDP2, or a single process"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would be nn.DataParallel; start with `accelerate launch`, or make one "
+            "GPU visible by CUDA_VISIBLE_DEVICES=0"
+        )
+    checkpointing = args.activation_checkpointing_kwargs
+    if args.activation_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "reentrant activation checkpointing drops the gradients behind frozen embeddings; set "
+            "activation_checkpointing_kwargs={'use_reentrant': False}"
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True starts the run again with another batch size when memory runs out, and a model "
+            "that has lost structures cannot start again; set per_device_train_batch_size, and "
+            "gradient_accumulation_steps for the number of examples in a step"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise ValueError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha:g} puts noise into the embeddings, which changes the "
+            "order; leave it out of a pruning run"
+        )
+    if args.save_strategy == SaveStrategy.BEST or args.load_best_model_at_end:
+        raise ValueError(
+            "a pruning run has no best checkpoint, since every step removes more; use save_strategy='steps', "
+            "'epoch' or 'no', and load_best_model_at_end=False"
+        )
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuses models whose own weights have no gradients.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise ValueError(
+            "the model has PEFT adapters, which would hide its own weights from the scores; call merge_and_unload() "
+            "first, or prune the base model and train adapters on a pruned level"
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model is quantized, and quantized weights have no gradients; load it in bfloat16, prune, and quantize "
+            "the pruned level"
+        )
+    for name, parameter in plain_parameters(model):
+        if parameter.is_inference() or not parameter.is_floating_point():
+            raise ValueError(
+                f"{name} cannot have a gradient (dtype {parameter.dtype}, made under inference_mode: "
+                f"{parameter.is_inference()}); load the model in bfloat16 or float32, outside torch.inference_mode()"
+            )
+
+
+def check_run_length(
+    args: TrainingArguments, state: TrainerState, *, num_steps: int, passes: int, dataloader: Any
+) -> None:
+    """Refuses a run that is too short, has no data, or whose steps would see different amounts of it.
+
+    Args:
+        num_steps: pruning steps.
+        passes: optimizer steps that make up one pruning step.
+
+    Raises:
+        ValueError: with the numbers that would do.
+    """
+    at_once = args.per_device_train_batch_size * args.world_size
+    per_step = at_once * args.gradient_accumulation_steps
+    try:
+        examples = len(dataloader.dataset)
+    except (AttributeError, TypeError):  # a stream
+        examples = None
+    if examples == 0:
+        raise ValueError("the training data set is empty; pruning needs calibration examples")
+    needed = num_steps * passes
+    if state.max_steps < needed:
+        size = f" ({examples} examples, {per_step} per step, {args.num_train_epochs:g} epochs)" if examples else ""
+        each = f" of {passes} passes each" if passes > 1 else ""
+        raise ValueError(
+            f"{num_steps} pruning steps{each} were asked for, but this run has only {state.max_steps}{size}: set "
+            f"TrainingArguments(max_steps={needed}), or GISPConfig(num_steps={state.max_steps // passes})"
+        )
+    if passes > 1 and (examples is None or len(dataloader) != args.gradient_accumulation_steps):
+        raise ValueError(
+            f"layer_passes={passes} goes over the same data {passes} times in each step, so that one optimizer step "
+            f"must be one epoch; {examples or 'a stream of'} examples at {per_step} per step are not. Give "
+            f"{per_step} examples, or set gradient_accumulation_steps to the number of batches in the data set"
+        )
+    if examples is not None:
+        _check_leftovers(args, examples=examples, at_once=at_once, per_step=per_step, steps=needed)
+
+
+def _check_leftovers(args: TrainingArguments, *, examples: int, at_once: int, per_step: int, steps: int) -> None:
+    """Refuses a data set whose last step of an epoch is smaller than the others: its removals would be decided on less.
+
+    The Trainer ends an epoch with whatever is left: 130 examples at 128 per step give steps of 128, 2, 128, 2 ...
+    """
+    used = examples // at_once * at_once if args.dataloader_drop_last else examples
+    whole, left = divmod(used, per_step)
+    if not whole or not left or steps <= whole:  # one smaller step is the whole data set, each time
+        return
+    fitting = " or ".join(str(number * per_step) for number in (whole, whole + 1))
+    raise ValueError(
+        f"{used} examples at {per_step} per step leave {left} for the last step of an epoch, and its removals would be "
+        f"decided on these alone: give {fitting} examples (dataset.select(range(...))), or choose "
+        "per_device_train_batch_size and gradient_accumulation_steps so that a step takes all or divides them"
+    )

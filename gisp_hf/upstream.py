@@ -1,0 +1,69 @@
+"""Uses of other libraries' private parts, where no public part does the same. One test each notices a change."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub.utils import _http, get_session, httpx
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
+
+_ABSENT = object()
+
+
+@contextmanager
+def replaced_loss_function(model: nn.Module, loss: Callable[..., Any]) -> Iterator[None]:
+    """``model.loss_function = loss`` inside; afterwards the model has what it had, also if that was nothing of its own.
+
+    transformers 5.23: ``PreTrainedModel.loss_function`` has a setter but no deleter, so the attribute behind it has to
+    be deleted by its private name.
+    """
+    own = vars(model).get("_loss_function", _ABSENT)
+    model.loss_function = loss  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if own is _ABSENT:
+            del model._loss_function
+        else:
+            model.loss_function = own
+
+
+def handler_of(callback: TrainerCallback) -> CallbackHandler | None:
+    """The handler that is calling ``callback`` right now, or None.
+
+    The Trainer puts the trackers of ``report_to`` before the callbacks of ``callbacks=[...]``, and hands a callback no
+    way to its handler: the caller's frame is the only one. `gisp_hf.prune` knows the Trainer and does without.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, CallbackHandler) and callback in owner.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:
+    """Calls ``hook`` with every request of huggingface_hub before it is sent; adding it twice changes nothing.
+
+    The library shares one client in the process, and makes a new one after an error of the connection. It has no
+    public way to read the factory of clients, which may be the user's own. ``set_client_factory`` would also close the
+    client, which other threads may be using.
+    """
+    client = get_session()
+    with _http._CLIENT_LOCK:
+        if hook in client.event_hooks["request"]:
+            return
+        factory = _http._GLOBAL_CLIENT_FACTORY
+
+        def with_hook() -> httpx.Client:
+            made = factory()
+            if hook not in made.event_hooks["request"]:
+                made.event_hooks["request"].append(hook)
+            return made
+
+        client.event_hooks["request"].append(hook)
+        _http._GLOBAL_CLIENT_FACTORY = with_hook
