@@ -34,7 +34,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "selection": ("pruning.selection",),
     "structures": ("models.layout",),
     "surgery": ("models.surgery",),
-    "tasks": ("data.sources", "data.files"),
+    "tasks": ("data.sources", "data.files", "data.records", "data.calibration"),
     "trajectory": ("pruning.trajectory",),
 }
 

@@ -192,8 +192,6 @@ def check_layout(facts: Mapping[str, Any]) -> None:
         for index, member in enumerate(members):
             _check_member(check_object(member, f"{place}.members[{index}]"), f"{place}.members[{index}]")
         _check_plain({key: value for key, value in block.items() if key != "members"}, place)
-    if not blocks:
-        raise ValueError("blocks is empty: there is nothing that could be removed")
     check_whole(structures, "the number of structures in all blocks", most=STRUCTURES)
 
 
@@ -243,6 +241,18 @@ def _check_plain(values: Mapping[str, Any], place: str, *, most: int = TOTAL) ->
             check_whole(value, where, least=-most, most=most)
         elif isinstance(value, float):
             check_number(value, where)
+
+
+def check_progress(facts: Mapping[str, Any]) -> None:
+    """Bounds the counts in the ``gisp.json`` of a checkpoint; every other value must be plain.
+
+    Raises:
+        ValueError: with the key, its value, and the bounds.
+    """
+    for key in ("global_step", "world_size", "examples_per_step"):
+        check_whole(facts.get(key), key, most=SIZE)
+    check_text(facts.get("order"), "order")
+    _check_plain(facts, "the progress")
 
 
 def check_model_config(facts: Mapping[str, Any]) -> None:

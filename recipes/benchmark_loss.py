@@ -1,6 +1,6 @@
 """Time, memory and accuracy of the loss of an LM head: whole logits, this package's chunks, and PyTorch's own chunks.
 
-    python -m recipes.benchmark_loss --output recipes/results/benchmark/loss.json     # two CPU cores, about 2 minutes
+    python -m recipes.benchmark_loss --output recipes/results/benchmark/loss.json     # two CPU cores, minutes
 
 Each way takes the sum of the cross-entropies of the same tokens, and its gradient with respect to the hidden states;
 the head is frozen. "plain" is the baseline: all logits at once, the loss in float32. "chunked" is
@@ -124,7 +124,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     }
     shown = [{**row, "megabytes": row["peak_bytes"] / 1e6} for row in rows]
     print(format_table(shown, columns, formats={"megabytes": ",.0f", "loss_error": ".0e", "gradient_error": ".0e"}))
-    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocabulary", "chunk_tokens")}
+    sizes = {name: getattr(options, name) for name in ("tokens", "hidden", "vocabulary", "chunk_tokens", "repeats")}
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), **sizes, "rows": rows}
 
 

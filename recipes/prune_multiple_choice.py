@@ -35,8 +35,7 @@ from gisp_hf.data import load_calibration
 from gisp_hf.evaluation import multiple_choice_accuracy, perplexity
 from gisp_hf.models.dtype import describe_dtypes
 from gisp_hf.pruning.selection import removed_mask
-from gisp_hf.report import format_table
-from gisp_hf.report.plots import COLOURS, MARKERS
+from gisp_hf.report import COLOURS, MARKERS, format_table
 from recipes.calibrated_run import prune
 from recipes.demo_data import held_out_tokens, load_smollm2, load_wikipedia, split_articles
 

@@ -1,6 +1,6 @@
 """The command does what the functions do, explains itself, and answers a mistake with one line."""
 
-import argparse
+import json
 import re
 import runpy
 import shlex
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,10 @@ from huggingface_hub import HfApi, ModelCard, constants
 from transformers import AutoModelForCausalLM
 
 from gisp_hf import Trajectory
-from gisp_hf.cli import main as cli
-from gisp_hf.cli.main import main
-from gisp_hf.hub import LevelInfo, read_levels
+from gisp_hf.cli import card, levels, push
+from gisp_hf.cli.common import say
+from gisp_hf.cli.main import COMMANDS, build_parser, main
+from gisp_hf.hub import LevelInfo, PushReport, read_levels
 from gisp_hf.hub.cards import level_card, main_card
 from gisp_hf.levels.materialize import load_level, materialize
 from gisp_hf.pruning.trajectory import Base
@@ -26,7 +29,6 @@ from tests.hub_server import HubServer
 from tests.test_materialize import random_trajectory, save_base, upload
 from tests.tiny import tiny_model
 
-COMMANDS = ("levels", "materialize", "push", "eval", "card")
 # The client's own, in the upload of every LFS file.
 upload_warning = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
@@ -76,17 +78,26 @@ def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 # ---- what it explains ------------------------------------------------------------------------------------------------
 
 
-def subparsers() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return dict(action.choices)
+class Recorder:
+    """Stands where a parser would, and notes the options that a subcommand adds."""
+
+    def __init__(self) -> None:
+        self.added: list[tuple[str, dict[str, Any]]] = []
+
+    def add_argument(self, *names: str, **settings: Any) -> None:
+        self.added.append((names[0], settings))
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(COMMANDS) == ["levels", "materialize", "push", "eval", "card"]
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
-    assert stop.value.code == 0 and tuple(subparsers()) == COMMANDS
+    assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in COMMANDS)
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert re.fullmatch(r"gisp-hf \d+\.\d+\S*\n", capsys.readouterr().out)
@@ -98,14 +109,38 @@ def test_the_help_of_a_command_explains_every_option(capsys: pytest.CaptureFixtu
         main([name, "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for action in subparsers()[name]._actions:
-        assert action.help and " ".join(str(action.help).split()) in text
-        if action.option_strings and action.dest != "help":
-            assert "(required)" in action.help or "(default: " in action.help
-    example = text.partition("example: ")[2]
+    recorder = Recorder()
+    COMMANDS[name].add_options(recorder)
+    assert recorder.added
+    for option, settings in recorder.added:
+        assert (option if option.startswith("-") else settings["metavar"]) in text
+        assert " ".join(settings["help"].split()) in text
+        if option.startswith("-"):
+            assert "(required)" in settings["help"] or "(default: " in settings["help"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_in_the_help_can_be_typed(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    example = " ".join(capsys.readouterr().out.split()).partition("example: ")[2]
     assert example.startswith(f"gisp-hf {name} ")
-    options = cli._parser().parse_args(shlex.split(example)[1:])  # what stands there can be typed
-    assert options.run is {**vars(cli)}[f"_{name}"]
+    assert build_parser().parse_args(shlex.split(example)[1:]).run is COMMANDS[name].run
+
+
+def test_a_new_subcommand_is_one_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with four names, as a file of its own would be."""
+    module: Any = ModuleType("greet")
+    module.DESCRIPTION = "Greet somebody. And no more."
+    module.EXAMPLE = "gisp-hf greet you"
+    module.add_options = lambda parser: parser.add_argument("who", help="whom")
+    module.run = lambda options: say(f"hello {options.who}")
+    monkeypatch.setitem(COMMANDS, "greet", module)
+    assert main(["greet", "you"]) == 0
+    assert capsys.readouterr().out == "hello you\n"
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert re.search(r"^    greet\s+Greet somebody$", capsys.readouterr().out, re.MULTILINE)
 
 
 # ---- what it does ----------------------------------------------------------------------------------------------------
@@ -124,11 +159,11 @@ def test_levels_of_a_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_levels_show_metrics_where_there_are_any(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    levels = [
+    found = [
         LevelInfo("sparsity-0.20", 0.2, 5, 4, commit="a" * 40, metrics={"name": 12.345, "commit": 1.0}),
-        LevelInfo("sparsity-0.375", 0.375, 3, 2, commit="b" * 40),
+        LevelInfo("sparsity-0.375", 0.375, 3, 2, commit="b" * 40, metrics={"name": None}),
     ]
-    monkeypatch.setattr(cli, "read_levels", lambda source, *, revision: levels)
+    monkeypatch.setattr(levels, "read_levels", lambda source, *, revision: found)
     assert main(["levels", "me/x", "--revision", "v1"]) == 0
     head, first, second = cells(capsys.readouterr().out)
     assert head == ["level", "sparsity", "parameters", "in decoder layers", "name", "commit", "commit"]
@@ -150,19 +185,25 @@ def test_materialize_writes_what_load_level_loads(
     assert capsys.readouterr().out == f"{output}: {removed:.2%} of the decoder layers' parameters removed\n"
 
 
-def test_card_prints_the_cards(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    trajectory, levels = Trajectory.load(run), read_levels(run)
+def test_card_prints_the_cards(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trajectory, found = Trajectory.load(run), read_levels(run)
     version = AutoModelForCausalLM.from_pretrained(run / "sparsity-0.20").config.transformers_version
     known = {"license": "mit", "versions": {"transformers": version}}
     assert main(["card", str(run), "--license", "mit"]) == 0
-    assert capsys.readouterr().out == main_card(trajectory, levels, repo_id="user/run", **known)
+    assert capsys.readouterr().out == main_card(trajectory, found, repo_id="user/run", **known)
     assert main(["card", str(run), "--level", "0.50", "--repo", "me/x", "--license", "mit"]) == 0
-    assert capsys.readouterr().out == level_card(trajectory, levels[1], repo_id="me/x", **known)
-    # of a run that was cut off there are levels, and no trajectory beside them
+    assert capsys.readouterr().out == level_card(trajectory, found[1], repo_id="me/x", **known)
+
+
+def test_card_of_a_run_that_was_cut_off(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """There are levels, and no trajectory beside them."""
+    trajectory, found = Trajectory.load(run), read_levels(run)
+    version = AutoModelForCausalLM.from_pretrained(run / "sparsity-0.20").config.transformers_version
+    known = {"license": "mit", "versions": {"transformers": version}}
     (tmp_path / "cut-off").mkdir()
     (tmp_path / "cut-off" / "sparsity-0.50").symlink_to(run / "sparsity-0.50")
     assert main(["card", str(tmp_path / "cut-off"), "--level", "0.5", "--repo", "me/x", "--license", "mit"]) == 0
-    assert capsys.readouterr().out == level_card(trajectory, levels[1], repo_id="me/x", **known)
+    assert capsys.readouterr().out == level_card(trajectory, found[1], repo_id="me/x", **known)
 
 
 def test_a_card_in_a_folder_is_kept(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -255,20 +296,25 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --fast" in fails(capsys, "levels", "x", "--fast")
 
 
-def test_mistakes_of_the_user(
-    run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for command in ("levels", "card"):
-        assert "holds no level" in fails(capsys, command, empty)
-    assert "holds no level" in fails(capsys, "push", empty, "--repo", "me/x")
+@pytest.mark.parametrize("command", [["levels"], ["card"], ["push", "--repo", "me/x"], ["eval", "--text", "wikitext2"]])
+def test_a_folder_without_levels(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no level" in fails(capsys, command[0], tmp_path, *command[1:])
+
+
+def test_a_run_that_is_nowhere(hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "neither a folder here nor a repository" in fails(capsys, "levels", "me/nothing")
     assert "neither a folder here nor a repository" in fails(capsys, "levels", tmp_path / "nothing")
+
+
+def test_card_refuses_what_cannot_be_on_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no level 0.3; it has 0.2, 0.5" in fails(capsys, "card", run, "--level", "0.3")
     assert "'Apache 2' is no identifier" in fails(capsys, "card", run, "--license", "Apache 2")
     assert "'nobody' is no id on the Hub" in fails(capsys, "card", run, "--repo", "nobody")
 
+
+def test_materialize_refuses_what_cannot_be_cut(
+    run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def cut(*options: object) -> str:
         return fails(capsys, "materialize", run, "--output", tmp_path / "cut", *options)
 
@@ -277,9 +323,28 @@ def test_mistakes_of_the_user(
     assert "base model was not found" in cut("--sparsity", "0.3", "--base-model", "me/nothing")
     assert "Give the unpruned model" in cut("--sparsity", "0.3", "--base-model", run / "sparsity-0.20")
     assert "must be at least 1, got 0" in cut("--sparsity", "0.3", "--channel-multiple", "0")
-    assert "exists already" in fails(capsys, "materialize", run, "--output", empty, "--sparsity", "0.3")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+    assert list(tmp_path.iterdir()) == []
 
+
+def test_materialize_refuses_a_folder_that_exists(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "exists already" in fails(capsys, "materialize", run, "--output", tmp_path, "--sparsity", "0.3")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_materialize_leaves_a_folder_of_the_users_alone(run: Path, tmp_path: Path) -> None:
+    """Beside the output, under the name that temporary folders once had."""
+    (tmp_path / "model.tmp").mkdir()
+    (tmp_path / "model.tmp" / "thesis.txt").write_text("mine")
+    assert main(["materialize", str(run), "--sparsity", "0.3", "--output", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "model.tmp" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.tmp"]
+
+
+def test_push_refuses_what_the_hub_would_refuse(
+    run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "'a/b/c' is no id on the Hub" in fails(capsys, "push", run, "--repo", "a/b/c", "--license", "mit")
     hub.fail("POST", "/api/repos/create", status=403)
     assert "403" in fails(capsys, "push", run, "--repo", "you/x", "--license", "mit")
@@ -287,11 +352,103 @@ def test_mistakes_of_the_user(
     assert "there is no token" in fails(capsys, "push", run, "--repo", "me/x", "--license", "mit")
 
 
+@pytest.mark.parametrize(("options", "expected"), [([], False), (["--replace"], True)])
+def test_push_replaces_another_run_only_if_asked(
+    run: Path, options: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def push_levels(folder: Path, repo_id: str, *, replace: bool, **others: object) -> PushReport:
+        given.append((folder, repo_id, replace))
+        return PushReport("url", {}, {}, (), 0)
+
+    monkeypatch.setattr(push, "push_levels", push_levels)
+    assert main(["push", str(run), "--repo", "me/x", "--license", "mit", *options]) == 0
+    assert given == [(run, "me/x", expected)]
+
+
+# ---- a folder that holds the run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickstart(run: Path, tmp_path: Path) -> Path:
+    """A folder whose only run is in ``iterative``, beside other things."""
+    folder = tmp_path / "quickstart"
+    shutil.copytree(run, folder / "iterative")
+    (folder / "trainer" / "checkpoint-1").mkdir(parents=True)
+    (folder / "notes.txt").write_text("notes")
+    return folder
+
+
+@pytest.mark.parametrize("command", [["levels"], ["card", "--license", "mit", "--repo", "me/x"]])
+def test_the_run_in_a_folder_is_found(quickstart: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command[0], str(quickstart / "iterative"), *command[1:]]) == 0
+    expected = capsys.readouterr()
+    assert expected.err == ""
+    assert main([command[0], str(quickstart), *command[1:]]) == 0
+    found = capsys.readouterr()
+    assert found.out == expected.out and found.err == f"using {quickstart / 'iterative'}\n"
+
+
+def test_materialize_finds_the_run_in_a_folder(quickstart: Path, tmp_path: Path) -> None:
+    output = tmp_path / "cut"
+    assert main(["materialize", str(quickstart), "--sparsity", "0.3", "--output", str(output)]) == 0
+    expected = load_level(quickstart / "iterative", sparsity=0.3)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(output), expected)
+
+
+def test_eval_finds_the_run_in_a_folder(quickstart: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("w4 w5 w6 w7 " * 10)
+    assert main(["eval", str(quickstart), "--text", str(tmp_path / "text.txt"), "--window", "16"]) == 0
+    metrics = json.loads((quickstart / "iterative" / "sparsity-0.20" / "metrics.json").read_text())
+    assert list(metrics) == ["perplexity_16"]
+
+
+@upload_warning
+def test_push_finds_the_run_in_a_folder(quickstart: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", str(quickstart), "--repo", "me/cli-found", "--license", "mit"]) == 0
+    assert "(3 of 3 branches changed)" in capsys.readouterr().out
+
+
+def test_several_runs_in_a_folder_are_named(quickstart: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(quickstart / "iterative", quickstart / "one-shot")
+    message = fails(capsys, "levels", quickstart)
+    assert "holds several runs: iterative, one-shot; give one of them" in message
+
+
+# ---- endings ---------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_with_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(levels, "read_levels", interrupted)
+    assert main(["levels", str(run)]) == 130
+    assert capsys.readouterr() == ("", "gisp-hf: interrupted\n")
+
+
+def test_a_card_cannot_steer_the_terminal(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = shutil.copytree(run, tmp_path / "run")
+    (mine / "README.md").write_text("# Title\x1b]0;owned\x07\n\ttab \u202e \U0001f469\u200d\U0001f4bb\n")
+    assert main(["card", str(mine)]) == 0
+    expected = "# Title\\x1b]0;owned\\x07\n\ttab \\u202e \U0001f469\u200d\U0001f4bb\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_only_the_escaping_functions_print() -> None:
+    folder = Path(card.__file__).parent
+    calls = {path.name: path.read_text().count("print(") for path in folder.glob("*.py")}
+    assert {name for name, count in calls.items() if count} == {"common.py"} and calls["common.py"] == 2
+
+
 def test_what_is_unexpected_keeps_its_traceback(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "read_levels", broken)
+    monkeypatch.setattr(levels, "read_levels", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["levels", str(run)])
 

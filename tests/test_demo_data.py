@@ -80,10 +80,12 @@ def smollm2():
     return demo_data.load_smollm2(torch.float32)  # multiplied fast by every processor
 
 
+@pytest.mark.slow
 def test_the_text_is_the_documented_one(articles) -> None:
     assert len(articles) == 89 and 2.3e6 < sum(map(len, articles)) < 2.6e6
 
 
+@pytest.mark.slow
 def test_calibration_and_evaluation_share_no_article(articles) -> None:
     calibration, held_out = demo_data.split_articles(articles)
     assert not set(calibration) & set(held_out)

@@ -56,42 +56,68 @@ def hub() -> Iterator[HubServer]:
 # What will not work is refused
 
 
-def test_impossible_push_fails_before_the_run(hub: HubServer) -> None:
-    HfApi(endpoint=hub.url, token=SECRET).create_repo(REPO)
-    for repo, options, reason in [
+@pytest.mark.parametrize(
+    ("repo", "options", "reason"),
+    [
         (REPO, {"token": "hf_readerreader"}, "status 403.*give a token that may write"),
         (REPO, {"token": "hf_you"}, "status 403"),
         ("lab/other", {"token": "hf_you"}, "lab/other, the repository: status 403.*of a member of the organisation"),
         (REPO, {"token": "hf_wrongwrong"}, "status 401.*hf auth login"),
         (REPO, {"private": True}, "exists and is public, but private=True"),
-    ]:
-        with pytest.raises(PushError, match=reason):
-            uploader(hub, repo, **options)
-    for repo, options, reason in [
+    ],
+)
+def test_impossible_push_fails_before_the_run(hub: HubServer, repo: str, options: dict, reason: str) -> None:
+    HfApi(endpoint=hub.url, token=SECRET).create_repo(REPO)
+    with pytest.raises(PushError, match=reason):
+        uploader(hub, repo, **options)
+
+
+@pytest.mark.parametrize(
+    ("repo", "options", "reason"),
+    [
         ("a/b/c", {}, "'a/b/c'.*Give user/name"),
         (REPO, {"token": "hf_cut off\n"}, "the token holds spaces"),
-    ]:
-        with pytest.raises(ValueError, match=reason) as error:
-            uploader(hub, repo, **options)
-        assert "cut off" not in str(error.value)
+    ],
+)
+def test_impossible_name_or_token_is_refused(hub: HubServer, repo: str, options: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as error:
+        uploader(hub, repo, **options)
+    assert "cut off" not in str(error.value)
+
+
+def test_member_of_an_organisation_and_bare_name(hub: HubServer) -> None:
     assert uploader(hub, "lab/other").repo_id == "lab/other" and uploader(hub, "bare").repo_id == "me/bare"
 
 
-def test_what_is_wrong_here_is_refused_before_a_request(hub: HubServer, run: Path, tmp_path: Path) -> None:
-    for name, damage in [("config.json", None), ("model.safetensors", None), ("trajectory.json", b"{}")]:
-        folder = tmp_path / f"without-{name}"
-        shutil.copytree(run, folder)
-        (folder / NAMES[1] / name).write_bytes(damage) if damage else (folder / NAMES[1] / name).unlink()
-        with pytest.raises(ValueError, match=f"{folder / NAMES[1]}.* (lacks {name}; save|cannot be used)"):
-            push(hub, folder)
-    for options, reason in [
+@pytest.mark.parametrize(
+    ("name", "damage"), [("config.json", None), ("model.safetensors", None), ("trajectory.json", b"{}")]
+)
+def test_damaged_level_is_refused_before_a_request(
+    hub: HubServer, run: Path, tmp_path: Path, name: str, damage: bytes | None
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / NAMES[1] / name).write_bytes(damage) if damage else (folder / NAMES[1] / name).unlink()
+    with pytest.raises(ValueError, match=f"{folder / NAMES[1]}.* (lacks {name}; save|cannot be used)"):
+        push(hub, folder)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
         ({"metrics": {0.25: {"perplexity": 1.0}}}, "metrics has sparsity-0.25, but the levels of"),
         ({"metrics": {0.2: {"perplexity": math.nan}}}, "sparsity-0.20: perplexity is nan; give a finite number"),
         ({"card": {"sparsity-0.2": "x"}}, "card has sparsity-0.2, but the branches are main, sparsity-0.20"),
         *(({"tag": tag}, "cannot be a tag here") for tag in ("main", NAMES[0], "", "a b", "../v", "v.lock", "v1.")),
-    ]:
-        with pytest.raises(ValueError, match=reason):
-            push(hub, run, **options)
+    ],
+)
+def test_wrong_argument_is_refused_before_a_request(hub: HubServer, run: Path, options: dict, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        push(hub, run, **options)
+    assert hub.requests == []
+
+
+def test_folder_without_levels_is_refused_before_a_request(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "missing"):
         with pytest.raises(FileNotFoundError, match="give the output folder of a"):

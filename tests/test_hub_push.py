@@ -32,6 +32,7 @@ NAMES = ["sparsity-0.20", "sparsity-0.30", "sparsity-0.40", "sparsity-0.50"]
 SECRET = "hf_secretsecretsecret"
 TOKENS = {SECRET: Token("me", orgs=("lab",)), "hf_readerreader": Token("me", role="read"), "hf_you": "you"}
 EMPTY = {".gitattributes": GIT_ATTRIBUTES}
+OF_A_LEVEL = {"README.md", "manifest.json"}  # which main does not take from the mildest level
 CARD = "---\nlicense: mit\n---\n# {}\n"
 
 
@@ -130,7 +131,7 @@ def assert_complete(hub: HubServer, run: Path, repo: str = REPO) -> None:
         assert hub.files(repo, name) == {**EMPTY, **contents(run / name)}, name
         assert len(hub.log(repo, name)) == 2, name
     main = {**EMPTY, **contents(run / NAMES[0]), **contents(run)}
-    del main["README.md"]
+    main = {name: data for name, data in main.items() if name not in OF_A_LEVEL}
     assert {path: data for path, data in hub.files(repo).items() if path != "levels.json"} == main
     table = json.loads(hub.files(repo)["levels.json"])["levels"]
     assert {name: level["commit"] for name, level in table.items()} == {name: hub.head(repo, name) for name in NAMES}
@@ -187,22 +188,25 @@ def test_cards_metrics_and_tags(hub: HubServer, run: Path) -> None:
         == report.tags
         == {f"v1.0{'' if branch == 'main' else '-' + branch}": commit for branch, commit in report.commits.items()}
     )
+    hub.requests.clear()
+    assert push(hub, run, "lab/pruned", **options).sent == () and hub.total("POST", "/tag/|/commit/") == (0, 0)
     levels = read_levels("lab/pruned", token=SECRET, endpoint=hub.url)
     assert levels == seen["main"] == read_levels("lab/pruned", revision="v1.0", token=SECRET, endpoint=hub.url)
     assert [level.metrics for level in levels] == [{"perplexity": 12.5}, {}, {}, {}]
     assert [level.commit for level in levels] == [report.commits[name] for name in NAMES]
-    local = read_levels(run)
+    with pytest.raises(PushError, match="lab/pruned, tag v1.0: it stands at .* choose another tag"):
+        push(hub, run, "lab/pruned", **{**options, "metrics": None})
+
+
+def test_numbers_of_the_levels_are_those_of_the_models(hub: HubServer, run: Path) -> None:
+    push(hub, run)
+    levels, local = read_levels(REPO, token=SECRET, endpoint=hub.url), read_levels(run)
     assert [(level.name, level.sparsity, level.commit) for level in local] == list(zip(NAMES, LEVELS, [None] * 4))
     for there, here, name in zip(levels, local, NAMES):
         model = AutoModelForCausalLM.from_pretrained(run / name)
         assert there.parameters == here.parameters == model.num_parameters()
         layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
         assert there.decoder_parameters == here.decoder_parameters == layers
-
-    hub.requests.clear()
-    assert push(hub, run, "lab/pruned", **options).sent == () and hub.total("POST", "/tag/|/commit/") == (0, 0)
-    with pytest.raises(PushError, match="lab/pruned, tag v1.0: it stands at .* choose another tag"):
-        push(hub, run, "lab/pruned", **{**options, "metrics": None})
 
 
 def old_repository(hub: HubServer, model: Path) -> HfApi:
@@ -228,7 +232,7 @@ def test_old_files_do_not_mix_with_new_ones(hub: HubServer, run: Path) -> None:
     for name in NAMES:
         assert hub.files(REPO, name) == {**EMPTY, **contents(run / name)}
     main, kept = hub.files(REPO), {".gitignore", "notes.md", "figures/model.safetensors", "tokenization_old.py"}
-    assert set(main) == {*EMPTY, *contents(run / NAMES[0]), *contents(run), "levels.json", *kept} - {"README.md"}
+    assert set(main) == {*EMPTY, *contents(run / NAMES[0]), *contents(run), "levels.json", *kept} - OF_A_LEVEL
     assert main["model.safetensors"] == (run / NAMES[0] / "model.safetensors").read_bytes()
 
 
@@ -342,6 +346,10 @@ def test_malicious_table_is_refused(hub: HubServer) -> None:
         with pytest.raises(ValueError, match=f"^levels.json of {REPO} is not what `gisp-hf push` writes") as error:
             read(text)
         assert str(error.value).isprintable() and len(str(error.value)) < 450, text[:100]
+
+
+def test_missing_revision_and_repository_are_told_apart(hub: HubServer) -> None:
+    HfApi(endpoint=hub.url, token=SECRET).create_repo(REPO)
     with pytest.raises(ValueError, match="no revision 'v9'"):
         read_levels(REPO, revision="v9", token=SECRET, endpoint=hub.url)
     with pytest.raises(FileNotFoundError, match="neither a folder here nor a repository"):

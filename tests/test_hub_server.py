@@ -388,6 +388,13 @@ def test_slow_and_on_request(hub: HubServer, api: HfApi) -> None:
     assert seen == [("GET", f"/api/models/{REPO}/refs")]
 
 
+def test_hang(hub: HubServer, api: HfApi) -> None:
+    hub.hang("GET", "/refs$")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"{hub.url}/api/models/{REPO}/refs", timeout=0.3)
+    assert httpx.get(f"{hub.url}/api/models/{REPO}/refs", timeout=30).status_code == 200
+
+
 # Other processes
 
 CLIENT = """

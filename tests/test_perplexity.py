@@ -1,5 +1,6 @@
 """Perplexity against a loop by hand."""
 
+import importlib
 import math
 
 import pytest
@@ -92,3 +93,10 @@ def test_perplexity_names_the_numbers_it_cannot_use(tokens, changes, message):
 def test_perplexity_refuses_a_batch():
     with pytest.raises(ValueError, match=r"got shape \(2, 10\)"):
         perplexity(tiny_model(), random_tokens(20).view(2, 10), window=4)
+
+
+def test_the_function_has_the_name_of_its_module_also_after_the_module_is_imported():
+    importlib.import_module("gisp_hf.evaluation.perplexity")
+    from gisp_hf import evaluation
+
+    assert evaluation.perplexity is perplexity and callable(perplexity)

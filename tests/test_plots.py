@@ -66,6 +66,15 @@ def test_removed_plot_has_a_panel_for_each_level_mildest_first(tmp_path, figures
         assert max(grey[:3]) - min(grey[:3]) < 0.01 < max(least[:3]) - min(least[:3])
 
 
+@pytest.mark.parametrize("kinds", [["experts"], ["attention groups", "MLP channels", "experts"]])
+def test_removed_plot_has_a_row_for_each_kind_it_is_given(tmp_path, figures, kinds):
+    plot_removed({0.2: {kind: [0.1 * i, 0.5] for i, kind in enumerate(kinds)}}, tmp_path / "plot.png")
+    panel, _bar = figures[0].axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == kinds
+    (mesh,) = panel.collections
+    assert mesh.get_array().tolist() == [[0.1 * i, 0.5] for i in range(len(kinds))]
+
+
 def test_loss_plot_marks_the_levels(tmp_path, figures):
     PLOTS["loss"](tmp_path / "plot.png")
     axes = figures[0].axes[0]

@@ -10,7 +10,7 @@ import pytest
 
 from gisp_hf import GISPPruner
 from gisp_hf.hub import PushError, read_levels
-from gisp_hf.hub.publish import Publisher
+from gisp_hf.training.identity import identify
 from tests.hub_server import HubServer
 from tests.runs import LEVELS, make_trainer, tiny_config
 from tests.tiny import tiny_model
@@ -87,7 +87,7 @@ def test_a_run_leaves_all_levels_and_a_card_on_the_hub(tmp_path) -> None:
             home=tmp_path / "home",
         )
         assert again.returncode == 0, again.stderr
-        changed = [name for name in names if hub.head("me/tiny-gisp", name) != commits[name]]
+        changed = [name for name in [*names, "main"] if hub.head("me/tiny-gisp", name) != commits[name]]
         assert not changed
         assert hub.total("PUT", ".*")[0] == 0
 
@@ -122,7 +122,7 @@ def read_levels_of(hub: HubServer, folder: Path):
 
 def test_a_wrong_token_is_refused_before_anything_is_computed(tmp_path, monkeypatch) -> None:
     with HubServer(tokens={"hf_owner": "me"}) as hub:
-        import gisp_hf.hub.publish as publish
+        import gisp_hf.hub.stage as publish
 
         real = publish.LevelUploader
         monkeypatch.setattr(publish, "LevelUploader", lambda *a, **k: real(*a, **k, endpoint=hub.url))
@@ -132,21 +132,22 @@ def test_a_wrong_token_is_refused_before_anything_is_computed(tmp_path, monkeypa
             trainer.train()
         assert "me/x" in str(refused.value) and "hf_wrong_secret" not in str(refused.value)
         assert trainer.state.global_step == 0
+        pruner = GISPPruner(tiny_config(), tmp_path / "levels", hub_model_id="not a name", hub_token="hf_owner")
         with pytest.raises(ValueError):
-            Publisher("not a name", token="hf_owner")
+            make_trainer(tiny_model(), tmp_path, pruner=pruner).train()
 
 
 def test_a_local_base_is_pushed_under_its_name_without_its_path(tmp_path) -> None:
     tiny_model().save_pretrained(tmp_path / "secret-place" / "my-model")
     model = tiny_model()
     model.name_or_path = str(tmp_path / "secret-place" / "my-model")
-    local, pushed = (GISPPruner(tiny_config(), hub_model_id=repo) for repo in (None, "me/x"))
-    assert local._identify(model).id == model.name_or_path  # where load_level finds it again
-    assert pushed._identify(model).id == "my-model"
+    local, pushed = (identify(model, name=None, revision=None, hide_path=hide) for hide in (False, True))
+    assert local.id == model.name_or_path  # where load_level finds it again
+    assert pushed.id == "my-model"
 
 
 def test_a_failed_push_never_loses_the_levels(tmp_path, monkeypatch) -> None:
-    import gisp_hf.hub.publish as publish
+    import gisp_hf.hub.stage as publish
 
     with HubServer(tokens={"hf_owner": "me"}) as hub:
         real = publish.LevelUploader

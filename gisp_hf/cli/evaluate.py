@@ -1,10 +1,13 @@
 """``gisp-hf eval``: the same measurements on every level."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from gisp_hf.cli.common import DTYPES, SOURCE_HELP, note, run_folder, say
 from gisp_hf.evaluation.levels import evaluate_levels
+from gisp_hf.levels.files import check_loads
+from gisp_hf.levels.info import read_levels
 from gisp_hf.report import format_table
 
 DESCRIPTION = (
@@ -41,9 +44,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    source = run_folder(options.source)
+    for info in read_levels(source):  # before an hour goes into the others
+        if Path(source).is_dir():
+            check_loads(Path(source) / info.name)
+        else:
+            check_loads(source, revision=info.name)
     rows: list[dict[str, Any]] = []
     for level, metrics in evaluate_levels(
-        run_folder(options.source),
+        source,
         text=options.text,
         windows=options.window,
         questions=options.questions,

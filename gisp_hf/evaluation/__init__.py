@@ -1,4 +1,4 @@
-"""How good a model is, and how fast."""
+"""Quality and speed of a model."""
 
 from gisp_hf.evaluation.answers import exact_match
 from gisp_hf.evaluation.choices import multiple_choice_accuracy

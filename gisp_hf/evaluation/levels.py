@@ -92,8 +92,10 @@ def _measure_each(
     for level in levels:
         where: dict[str, Any] = {"revision": level.name} if folder is None else {}
         path = source if folder is None else str(folder / level.name)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map=device, **where)
-        tokenizer = AutoTokenizer.from_pretrained(path, **where)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", device_map=device, trust_remote_code=False, **where
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
         metrics = measure_one(model, tokenizer)
         if folder is not None:
             write_metrics(folder / level.name, metrics)

@@ -50,8 +50,9 @@ class Publish(Stage):
         """Returns at once; what fails is tried again by ``finish``."""
         if self.uploader is not None:
             levels = read_levels(level.folder.parent)
-            card = card_writer(level.folder.parent, levels, repo_id=self.uploader.repo_id)
-            write_text_atomic(level.folder / CARD_FILE, card(level_name(level.sparsity), levels))
+            folder = level.folder.parent
+            card = card_writer(folder, levels, repo_id=self.uploader.repo_id, fetch=True, new=True)
+            write_text_atomic(level.folder / CARD_FILE, card(level_name(level.sparsity), []))
             self.uploader.submit(level.sparsity, level.folder)
         return level
 
@@ -60,6 +61,6 @@ class Publish(Stage):
         if self.uploader is None:
             return
         folder: Path = self.run.output_dir
-        card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id)
+        card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id, fetch=True)
         self.report = self.uploader.finish(folder, card=card)
         tqdm.write(f"GISP: {len(levels)} levels and main are at {self.report.url}")

@@ -1,7 +1,7 @@
 """The files of a folder, or of one revision of a repository on the Hub, checked before anything is made of them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +10,27 @@ from typing import Any
 import torch
 from huggingface_hub import errors, hf_hub_download, is_offline_mode
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from gisp_hf.untrusted import check_model_config, check_weight_map, odd_contents, read_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+# A tokenizer is one of the first three, with whatever there is of the others.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
 
 
 def checked_token(token: str | None) -> str:
@@ -30,6 +44,12 @@ def checked_token(token: str | None) -> str:
     if not re.fullmatch("[!-~]+", token):
         raise ValueError("the token holds spaces, line ends or letters that no token has; copy it again")
     return token
+
+
+CHECKS: dict[str, Callable[[dict[str, Any]], object]] = {
+    CONFIG_FILE: check_model_config,
+    INDEX_FILE: check_weight_map,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +74,7 @@ class Files:
         path = self._fetch(filename)
         if path is not None and path.suffix == ".json":
             try:
-                read_json(path)  # before any library parses it
+                CHECKS.get(filename, dict)(read_json(path))  # before any library parses it
             except ValueError as error:
                 raise ValueError(f"{filename} of {self.label} cannot be read: {error}") from error
         return path
@@ -141,3 +161,35 @@ def read_weight_map(path: Path, *, label: str | None = None) -> dict[str, str]:
     """
     with odd_contents(f"{path.name} of {label or path.parent}"):
         return check_weight_map(read_json(path))
+
+
+def load_tokenizer(folder: str | Path, *, label: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, without remote code.
+
+    Raises:
+        ValueError: if its files are damaged.
+    """
+    with odd_contents(f"the tokenizer of {label}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def check_loads(source: str | Path, *, revision: str | None = None) -> None:
+    """Makes sure that a checkpoint can be loaded, as far as its small files tell: config, tokenizer, generation config.
+
+    Args:
+        source: a folder, or a repository on the Hub; with ``revision`` of the repository.
+
+    Raises:
+        FileNotFoundError: if there is no config.
+        ValueError: if a file is damaged; the message names it.
+    """
+    files, config_file = pin(Files(source, revision, None, None), CONFIG_FILE)
+    if config_file is None:
+        raise FileNotFoundError(f"{files.label} holds no {CONFIG_FILE}")
+    empty_model(read_model_config(config_file.parent, label=files.label), label=files.label)
+    if files.fetch(GENERATION_FILE) is not None:
+        with odd_contents(f"{GENERATION_FILE} of {files.label}"):
+            GenerationConfig.from_pretrained(config_file.parent)
+    found = [files.fetch(name) for name in TOKENIZER_FILES]
+    if any(found[:3]):
+        load_tokenizer(config_file.parent, label=files.label)

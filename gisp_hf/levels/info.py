@@ -144,7 +144,8 @@ def clean_metrics(name: str, metrics: Mapping[str, Any]) -> dict[str, float | No
     cleaned = {key: _plain_number(value, f"{name}: {key}") for key, value in metrics.items()}
     for key, number in cleaned.items():
         if number is None and metrics[key] is not None:
-            logger.warning("%s: %s is %s, which is not finite; it is recorded as null", name, key, metrics[key])
+            value = "beyond the largest float" if isinstance(metrics[key], int) else metrics[key]
+            logger.warning("%s: %s is %s, which is not finite; it is recorded as null", name, key, value)
     return cleaned
 
 

@@ -4,8 +4,6 @@ The dense model is never in memory: its checkpoint is read one tensor at a time,
 before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.
 """
 
-import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +11,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,19 +18,24 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from gisp_hf.levels.files import INDEX_FILE, WEIGHTS_FILE, Files, pin
+from gisp_hf.levels.files import (
+    GENERATION_FILE,
+    INDEX_FILE,
+    TOKENIZER_FILES,
+    WEIGHTS_FILE,
+    Files,
+    empty_model,
+    load_tokenizer,
+    pin,
+    read_model_config,
+    read_weight_map,
+)
 from gisp_hf.levels.save import save_level
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
-
-GENERATION_FILE = "generation_config.json"
-# A tokenizer is one of the first three, with whatever there is of the others.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
+from gisp_hf.untrusted import odd_contents
 
 Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
 
@@ -162,7 +162,7 @@ def _open_base(level: Trajectory, files: Files) -> Files:
 def _load_tokenizer(base: Files) -> PreTrainedTokenizerBase | None:
     found = [base.fetch(name) for name in TOKENIZER_FILES]
     folder = next((path.parent for path in found[:3] if path is not None), None)
-    return None if folder is None else AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return None if folder is None else load_tokenizer(folder, label=base.label)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -187,16 +187,17 @@ def _cut(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTraine
     """The model at the end of ``level``, with the weights of ``base``."""
     config_file = base.fetch("config.json")
     assert config_file is not None
-    config = AutoConfig.from_pretrained(config_file.parent, trust_remote_code=False)
+    config = read_model_config(config_file.parent, label=base.label)
     dense = _dense_on_meta(level, config, base)
     shell = pruned_shell(dense, level.layout, [len(keep) for keep in level.kept_at(len(level))])
-    weights = _read_weights(level, base, dense=dense, shell=shell, dtype=dtype or config.dtype)
+    weights = _read_weights(level, base, dense=dense, shell=shell, dtype=dtype or config.dtype)  # type: ignore[arg-type]
     dtype = next(iter(weights.values())).dtype
     # Given a state dict, from_pretrained takes these very tensors, ties what is tied, and computes what no checkpoint
     # holds (the rotary frequencies, the scale of Gemma's embeddings). It neither reads nor downloads anything.
     model = type(shell).from_pretrained(None, config=shell.config, state_dict=weights, dtype=dtype)
     if (path := base.fetch(GENERATION_FILE)) is not None:
-        model.generation_config = GenerationConfig.from_pretrained(path.parent)
+        with odd_contents(f"{GENERATION_FILE} of {base.label}"):
+            model.generation_config = GenerationConfig.from_pretrained(path.parent)
     return model
 
 
@@ -213,8 +214,12 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{base.label} is quantized, and {made_from}, which is not; give the unpruned model")
-    with torch.device("meta"):
-        dense = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if config.num_hidden_layers != level.layout.num_layers:
+        raise ValueError(
+            f"{made_from} ({level.layout.num_layers} layers); {base.label} has {config.num_hidden_layers} layers. Give "
+            "the model that was pruned"
+        )
+    dense = empty_model(config, label=base.label)
     found = discover(dense)
     if found.identity != level.layout.identity:
         raise ValueError(
@@ -287,14 +292,7 @@ def _stored_tensors(base: Files) -> dict[str, str]:
             f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
             "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
         )
-    try:
-        stored_in: dict[str, str] = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{INDEX_FILE} of {base.label} cannot be read: {error}") from error
-    for filename in set(stored_in.values()):
-        if not isinstance(filename, str) or not re.fullmatch(r"[\w.-]+\.safetensors", filename):
-            raise ValueError(f"{INDEX_FILE} of {base.label} names {filename!r}, which is no safetensors file beside it")
-    return stored_in
+    return read_weight_map(index_file, label=base.label)
 
 
 @torch.no_grad()

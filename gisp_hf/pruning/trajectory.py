@@ -21,6 +21,7 @@ from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
 from gisp_hf.pruning.selection import parameter_budget, removed_mask, removed_parameters
+from gisp_hf.untrusted import check_trajectory, read_json
 
 ORDER_FILE = "trajectory.safetensors"
 FACTS_FILE = "trajectory.json"
@@ -224,9 +225,10 @@ class Trajectory:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}; point at the output folder of a pruning run")
         try:
-            facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+            facts = read_json(folder / FACTS_FILE)
             if facts["format"] != FORMAT:
                 raise ValueError(f"it has format {facts['format']!r}, this version of gisp_hf reads format {FORMAT}")
+            check_trajectory(facts)
             layout = Layout(
                 architecture=facts["architecture"],
                 blocks=tuple(_block_from(entry) for entry in facts["blocks"]),
@@ -264,6 +266,8 @@ def _check_order(layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
     if set(tensors) != set(expected) or len(expected) != len(layout.blocks):
         odd = sorted(set(tensors) ^ set(expected))
         raise ValueError(f"blocks of the two files differ: {', '.join(odd[:5]) or 'a name twice'}")
+    if not expected:
+        raise ValueError("there are no blocks, so there is nothing that could be removed")
     for name, size in expected.items():
         if tensors[name].dtype != torch.int32 or tuple(tensors[name].shape) != (size,):
             raise ValueError(

@@ -94,9 +94,9 @@ def plot_removed(removed: Mapping[float, Mapping[str, Sequence[float]]], path: s
     Grey means that the layer lost nothing, so protected layers stay grey at every level.
 
     Args:
-        removed: sparsity of the level (fraction 0-1) -> kind -> fraction removed (0-1) in each layer:
-            ``{0.2: {"attention groups": [0.0, 0.33, ...], "MLP channels": [0.0, 0.08, ...]}}``. All kinds of all
-            levels have the same number of layers.
+        removed: sparsity of the level (fraction 0-1) -> name of a kind -> fraction removed (0-1) in each layer:
+            ``{0.2: {"attention groups": [0.0, 0.33, ...], "MLP channels": [0.0, 0.08, ...]}}``. Any number of kinds,
+            drawn in the order given; all of them, of all levels, have the same number of layers.
         path: the file to write.
 
     Raises:

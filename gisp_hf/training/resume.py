@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from gisp_hf.atomic import replace_folder, unique_beside, write_text_atomic
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
+from gisp_hf.untrusted import check_progress, read_json
 
 PROGRESS_FILE = "gisp.json"
 STATE_FILE = "trainer_state.json"  # the Trainer's name for it
@@ -126,7 +127,7 @@ def _fault_of(folder: Path) -> str | None:
             return f"it lacks {name}"
     try:
         progress, trajectory = _read(folder)
-        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        read_json(folder / STATE_FILE)
     except (TypeError, ValueError, OSError) as error:
         return str(error)
     if progress.order != trajectory.digest() or progress.global_step != _step_of(folder):
@@ -135,9 +136,10 @@ def _fault_of(folder: Path) -> str | None:
 
 
 def _read(folder: Path) -> tuple[Progress, Trajectory]:
-    facts = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
-    if "layer_groups" in facts:  # the name in version 0.1
+    facts = read_json(folder / PROGRESS_FILE)
+    if isinstance(facts, dict) and "layer_groups" in facts:  # the name in version 0.1
         facts["layer_passes"] = facts.pop("layer_groups")
+    check_progress(facts)
     return Progress(**facts), Trajectory.load(folder)
 
 
