@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from gisp_hf import GISPConfig
 from gisp_hf.cli.main import main as gisp_hf
-from gisp_hf.evaluation.perplexity import perplexity
+from gisp_hf.evaluation import perplexity
 from recipes import benchmark_levels, quickstart
 from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
 
