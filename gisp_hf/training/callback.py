@@ -16,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.losses.chunked import ChunkedLoss
 from gisp_hf.models import discover, family_of
+from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.models.surgery import as_pruned_model
@@ -311,6 +312,8 @@ class PruningCallback(TrainerCallback):
             stage.begin(run)
         if before is not None:
             self._restore(before, model)
+        if state.is_world_process_zero:
+            _warn_of_slow_dtype(model)
         mode.switch_off_dropout()
         clipped = mode.switch_off_clipping(args)
         if clipped and state.is_world_process_zero:
@@ -383,7 +386,7 @@ class PruningCallback(TrainerCallback):
             entry.update(numbers)
             if not entry.get("grad_norm"):  # gradients were scored and freed before the Trainer took their norm
                 entry.pop("grad_norm", None)
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and args.disable_tqdm:  # the Trainer's bar shows the numbers otherwise
             counts = " and ".join(f"{count:,} {kind_of(kind).plural}" for kind, count in step.removed.items())
             tqdm.write(
                 f"GISP step {step.step}/{self.config.num_steps}: sparsity {step.sparsity:.4f}, loss {loss:.4f}, "
@@ -459,6 +462,17 @@ def move_before_trackers(callback: TrainerCallback, handler: CallbackHandler | N
     if handler is not None:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
+
+
+def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
+    factor = slow_factor(model.dtype, model.device)
+    if factor > 2:
+        logger.warning(
+            "%s products run %.0f times slower than float32 ones on this processor; load the model with "
+            "dtype=torch.float32",
+            str(model.dtype).removeprefix("torch."),
+            factor,
+        )
 
 
 def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:

@@ -2,7 +2,8 @@
 
 Weights never change, so a checkpoint needs no copy of them: the base model and the removal order so far are enough. A
 checkpoint is written under another name and renamed once it is whole. It holds an empty file in the place of the
-weights, which the Trainer looks for on resuming, and no config.json, so that ``from_pretrained`` refuses it.
+weights, which the Trainer looks for on resuming, and a config.json that ``from_pretrained`` refuses: without one, the
+class of a model would build its default size with random weights.
 
 Sharded models (FSDP2) are the exception: there the Trainer writes its own checkpoints, weights included.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from gisp_hf.atomic import replace_folder, unique_beside, write_text_atomic
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
@@ -26,6 +27,10 @@ from gisp_hf.untrusted import check_progress, read_json
 
 PROGRESS_FILE = "gisp.json"
 STATE_FILE = "trainer_state.json"  # the Trainer's name for it
+
+# Sizes that are no numbers: the strict configs of all families refuse them, and quote them.
+_NO_WEIGHTS = "this checkpoint of a pruning run holds no weights: load the base model or a level, or resume the run"
+_NO_MODEL = {"model_type": "gisp_checkpoint", "hidden_size": _NO_WEIGHTS, "num_hidden_layers": _NO_WEIGHTS}
 
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", re.ASCII)
 
@@ -63,6 +68,7 @@ def save_checkpoint(
         save_progress(temporary, trajectory, progress)
         note = {"format": "pt", "note": "weights are those of the base model; see trajectory.json"}
         save_file({}, temporary / SAFE_WEIGHTS_NAME, metadata=note)
+        (temporary / CONFIG_NAME).write_text(json.dumps(_NO_MODEL, indent=1) + "\n", encoding="utf-8")
         state.save_to_json(str(temporary / STATE_FILE))
         replace_folder(temporary, folder)
     except BaseException:
