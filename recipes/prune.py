@@ -4,16 +4,16 @@
     python recipes/prune.py recipes/llama-2-7b/prune.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/prune.py recipes/llama-2-7b/prune.yaml
 
-Options are those below and all of TrainingArguments, on the command line or in one YAML file; options after the file
-override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x processes sequences. With
---objective completion or margin it uses all that were drawn: the number of micro-batches is set to what that takes.
-Hardware and time: see the header of the YAML files. A killed run goes on with --resume_from_checkpoint true, if it was
+Options are those below, the fields of GISPConfig and all of TrainingArguments, on the command line or in one YAML file;
+options after the file override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x
+processes sequences. With --objective completion or margin it uses all that were drawn: the number of micro-batches is
+set to what that takes. Hardware and time: see the header of the YAML files. A killed run goes on with --resume_from_checkpoint true, if it was
 started with --save_strategy steps --save_steps 1.
 """
 
 import sys
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any, get_type_hints
 
 import yaml
 from transformers import (
@@ -25,17 +25,20 @@ from transformers import (
     TrainingArguments,
 )
 
-from gisp_hf import GISPConfig, GISPPruner
+from gisp_hf import GISPConfig, GISPPruner, prune
 from gisp_hf.data import load_calibration
+from gisp_hf.models.dtype import fast_dtype
 
 
 @dataclass
 class PruneArguments:
     """What to prune, on which text, how far."""
 
-    model_name: str = field(metadata={"help": "Hub id or folder of the model."})
+    model_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the model (required)."})
     model_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the model."})
-    dtype: str = field(default="bfloat16", metadata={"help": "dtype of the weights: bfloat16 or float32."})
+    dtype: str = field(
+        default="auto", metadata={"help": "dtype of the weights: bfloat16, float32, or the faster of them (auto)."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     data: str = field(
         default="c4",
@@ -51,42 +54,62 @@ class PruneArguments:
         default=256, metadata={"help": "Tokens in a calibration sequence; the most, for answers."}
     )
     num_blocks: int = field(default=2000, metadata={"help": "Sequences in all; times block_length, the budget."})
-    sparsity_levels: list[float] = field(
-        default_factory=lambda: [0.2, 0.3, 0.4, 0.5], metadata={"help": "Levels to save, increasing."}
+    layer_passes: int = field(
+        default=1,
+        metadata={"help": "Score the layers in this many passes, to save memory.", "aliases": ["--layer_groups"]},
     )
-    num_steps: int = field(default=80, metadata={"help": "Pruning steps up to the highest level."})
-    schedule: str = field(default="linear", metadata={"help": "linear, cosine or exponential."})
-    normalization: str = field(default="params", metadata={"help": "params (Eq. 9), reference or none."})
-    prune: str = field(default="both", metadata={"help": "both, heads or channels."})
-    protect_first: float = field(default=0.1, metadata={"help": "First layers kept whole: fraction or count."})
-    protect_last: float = field(default=1, metadata={"help": "Last layers kept whole: fraction or count."})
-    channel_multiple: int = field(default=1, metadata={"help": "Channels per layer are a multiple of this."})
-    layer_passes: int = field(default=1, metadata={"help": "Score the layers in this many passes, to save memory."})
     levels_dir: str | None = field(default=None, metadata={"help": "Where levels go; output_dir/levels by default."})
     push_levels_to: str | None = field(default=None, metadata={"help": "Hub repository for the levels, owner/name."})
 
 
-def parse(argv: list[str]) -> tuple[PruneArguments, TrainingArguments]:
+def _option(name: str) -> tuple[str, Any, Any]:
+    """A field of GISPConfig as an option: lists in place of tuples, ``kind=count`` words in place of a dict."""
+    (found,) = (f for f in fields(GISPConfig) if f.name == name)
+    default = found.default_factory() if found.default_factory is not MISSING else found.default
+    if isinstance(default, tuple):
+        return name, list[float], field(default_factory=lambda: list(default), metadata=found.metadata)
+    if isinstance(default, dict):
+        return name, list[str], field(default_factory=list, metadata=found.metadata)
+    return name, get_type_hints(GISPConfig)[name], field(default=default, metadata=found.metadata)
+
+
+# The options of this recipe, and every field of GISPConfig.
+PruneOptions = make_dataclass("PruneOptions", [_option(f.name) for f in fields(GISPConfig)], bases=(PruneArguments,))
+
+
+def config_of(options: Any) -> GISPConfig:
+    values = {f.name: getattr(options, f.name) for f in fields(GISPConfig)}
+    if not isinstance(values["minimum_kept"], dict):  # as in the YAML file
+        words = [word.partition("=") for word in values["minimum_kept"]]
+        if odd := [kind for kind, _, count in words if not count.isdecimal()]:
+            raise ValueError(f"minimum_kept needs words such as attention=2 mlp=64, got {', '.join(odd)}")
+        values["minimum_kept"] = {kind: int(count) for kind, _, count in words}
+    return GISPConfig.from_dict(values)
+
+
+def parse(argv: list[str]) -> tuple[Any, TrainingArguments]:
     """The options of a YAML file, if the first argument names one, and then of the command line."""
     defaults: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     if argv and argv[0].endswith((".yaml", ".yml")):
         with open(argv[0], encoding="utf-8") as file:
             defaults |= yaml.safe_load(file)
+        if "layer_groups" in defaults:  # the name in version 0.1
+            defaults["layer_passes"] = defaults.pop("layer_groups")
         argv = argv[1:]
-    parser = HfArgumentParser([PruneArguments, TrainingArguments])
-    known = {f.name for cls in (PruneArguments, TrainingArguments) for f in fields(cls)}
+    parser = HfArgumentParser([PruneOptions, TrainingArguments])
+    known = {f.name for cls in (PruneOptions, TrainingArguments) for f in fields(cls)}
     if unknown := sorted(set(defaults) - known):
         parser.error(f"unknown options in the YAML file: {', '.join(unknown)}")
     parser.set_defaults(**defaults)
-    for action in parser._actions:  # an option that the file gives need not be on the command line
-        action.required = action.required and action.dest not in defaults
-    return parser.parse_args_into_dataclasses(argv)
+    options, args = parser.parse_args_into_dataclasses(argv)
+    if options.model_name is None:
+        parser.error("give --model_name, or a YAML file that has it")
+    return options, args
 
 
 def main(argv: list[str]) -> GISPPruner:
     options, args = parse(argv)
-    names = {f.name for f in fields(GISPConfig)} & {f.name for f in fields(PruneArguments)}
-    config = GISPConfig.from_dict({name: getattr(options, name) for name in names})
+    config = config_of(options)
     if args.max_steps < 0:
         args.max_steps = config.num_steps * options.layer_passes
 
@@ -109,17 +132,8 @@ def main(argv: list[str]) -> GISPPruner:
     model = AutoModelForCausalLM.from_pretrained(
         options.model_name,
         revision=options.model_revision,
-        dtype=options.dtype,
+        dtype=fast_dtype() if options.dtype == "auto" else options.dtype,
         attn_implementation=options.attn_implementation,
-    )
-    pruner = GISPPruner(
-        config,
-        output_dir=options.levels_dir or f"{args.output_dir}/levels",
-        layer_passes=options.layer_passes,
-        base_model=options.model_name,
-        base_revision=options.model_revision,
-        calibration=calibration.provenance,
-        hub_model_id=options.push_levels_to,
     )
     trainer = Trainer(
         model=model,
@@ -128,12 +142,20 @@ def main(argv: list[str]) -> GISPPruner:
         data_collator=calibration.collator,
         compute_loss_func=calibration.loss if answers else None,  # else the model's own, which needs less memory
         processing_class=tokenizer,
-        callbacks=[pruner],
     )
     trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
     resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=resume == "true" or (resume if resume != "false" else None))
-    return pruner
+    return prune(
+        trainer,
+        config,
+        options.levels_dir or f"{args.output_dir}/levels",
+        resume_from_checkpoint=resume == "true" or (resume if resume != "false" else None),
+        layer_passes=options.layer_passes,
+        base_model=options.model_name,
+        base_revision=options.model_revision,
+        calibration=calibration.provenance,
+        hub_model_id=options.push_levels_to,
+    )
 
 
 if __name__ == "__main__":

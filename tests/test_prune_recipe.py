@@ -120,7 +120,7 @@ def test_model_recipes_are_valid_and_as_published(path, tmp_path) -> None:
     assert chosen.block_length == 256 and chosen.num_blocks == 2000 and chosen.data == "c4"
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == chosen.num_blocks
     assert chosen.num_steps == (280 if "13b" in path.parent.name else 112)
-    GISPConfig(sparsity_levels=tuple(chosen.sparsity_levels), num_steps=chosen.num_steps, schedule=chosen.schedule)
+    assert prune.config_of(chosen).sparsity_levels == (0.2, 0.3, 0.4, 0.5)
     header = path.read_text().split("model_name")[0]
     assert all(word in header for word in ("Hardware:", "Time:", "Memory:", "Command:", "estimate"))
 
@@ -136,6 +136,35 @@ def test_task_recipes_are_valid_and_have_the_published_budget(path, data, object
     assert chosen.num_blocks * chosen.block_length == 512_000
     header = file.read_text().split("model_name")[0]
     assert all(word in header for word in ("Hardware:", "Time:", "Memory:", "Command:", "estimate", f"{path}.yaml"))
+
+
+def test_every_field_of_the_config_is_an_option() -> None:
+    words = ["--model_name", "x", "--output_dir", "y", "--use_cpu", "--minimum_kept", "attention=2", "mlp=8"]
+    words += ["--sparsity_levels", "0.1", "0.3", "--method", "magnitude", "--prune", "heads", "--protect_last", "2"]
+    chosen, _ = prune.parse(words)
+    assert prune.config_of(chosen) == GISPConfig(
+        sparsity_levels=(0.1, 0.3),
+        method="magnitude",
+        prune="heads",
+        protect_last=2,
+        minimum_kept={"attention": 2, "mlp": 8},
+    )
+    defaults, _ = prune.parse(words[:5])
+    assert prune.config_of(defaults) == GISPConfig()
+
+
+def test_minima_that_are_no_counts_are_named() -> None:
+    chosen, _ = prune.parse(["--model_name", "x", "--use_cpu", "--minimum_kept", "attention=two"])
+    with pytest.raises(ValueError, match="minimum_kept needs words such as attention=2 mlp=64, got attention"):
+        prune.config_of(chosen)
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path) -> None:
+    (tmp_path / "old.yaml").write_text("model_name: x\nlayer_groups: 4\nprune: both\nnum_steps: 5\n")
+    chosen, _ = prune.parse([str(tmp_path / "old.yaml"), "--use_cpu"])
+    assert chosen.layer_passes == 4 and prune.config_of(chosen).num_steps == 5
+    chosen, _ = prune.parse(["--model_name", "x", "--use_cpu", "--layer_groups", "3"])
+    assert chosen.layer_passes == 3
 
 
 def test_there_is_a_recipe_for_each_published_model() -> None:

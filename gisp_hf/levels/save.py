@@ -145,7 +145,8 @@ def _write_rest(
 ) -> None:
     shell.config.dtype = model.dtype
     shell.config.architectures = [type(shell).__name__]
-    custom_object_save(shell, folder, config=shell.config)  # type: ignore[arg-type]
+    if type(shell).is_remote_code():  # not of a family from outside that travels without its code
+        custom_object_save(shell, folder, config=shell.config)  # type: ignore[arg-type]
     shell.config.save_pretrained(folder)
     if shell.generation_config is not None:
         shell.generation_config.save_pretrained(folder)

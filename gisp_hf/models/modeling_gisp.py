@@ -31,8 +31,6 @@ from transformers import (
 class PrunedConfigMixin:
     """The checks of a pruned config, in place of the family's own."""
 
-    _auto_class: Any = "AutoConfig"
-
     def validate_architecture(self) -> None:
         # The families ask that the hidden size be a multiple of the number of heads, which only matters where the head
         # dimension is derived from the two. A pruned config always names its head dimension.
@@ -49,8 +47,6 @@ class PrunedConfigMixin:
 
 class PrunedModelMixin:
     """Rebuilds each decoder layer in the size that ``config.per_layer_config`` gives it."""
-
-    _auto_class: Any = "AutoModelForCausalLM"
 
     def __init__(self, config, *args, **kwargs):
         overrides = config.to_dict().get("per_layer_config")
@@ -127,3 +123,16 @@ class GispGemma3TextConfig(PrunedConfigMixin, Gemma3TextConfig):
 
 class GispGemma3ForCausalLM(PrunedModelMixin, Gemma3ForCausalLM):
     config_class = GispGemma3TextConfig
+
+
+# Their checkpoints name these classes in ``auto_map`` and carry this file.
+for _model in (
+    GispLlamaForCausalLM,
+    GispMistralForCausalLM,
+    GispQwen2ForCausalLM,
+    GispQwen3ForCausalLM,
+    GispGemma2ForCausalLM,
+    GispGemma3ForCausalLM,
+):
+    _model.config_class.register_for_auto_class("AutoConfig")
+    _model.register_for_auto_class("AutoModelForCausalLM")
