@@ -7,8 +7,8 @@
 Options are those below, the fields of GISPConfig and all of TrainingArguments, on the command line or in one YAML file;
 options after the file override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x
 processes sequences. With --objective completion or margin it uses all that were drawn: the number of micro-batches is
-set to what that takes. Hardware and time: see the header of the YAML files. A killed run goes on with --resume_from_checkpoint true, if it was
-started with --save_strategy steps --save_steps 1.
+set to what that takes. Hardware and time: see the header of the YAML files. A killed run goes on with
+--resume_from_checkpoint true, if it was started with --save_strategy steps --save_steps 1.
 """
 
 import sys
