@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import errors, hf_hub_download, is_offline_mode
@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from gisp_hf.untrusted import check_model_config, check_weight_map, odd_contents, read_json
+
+T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -83,9 +85,22 @@ class Files:
         if Path(self.source).is_dir():
             path = Path(self.source) / filename
             return path if path.is_file() else None
-        name, revision = str(self.source), self.revision
+        return self._ask(lambda: Path(hf_hub_download(filename=filename, **self._where)))
+
+    def commit_of(self, filename: str) -> str | None:
+        """The commit that the revision stands for, or None if it has no such file. Nothing is downloaded."""
+        return self._ask(lambda: hf_hub_download(filename=filename, dry_run=True, **self._where).commit_hash)
+
+    @property
+    def _where(self) -> dict[str, Any]:
+        facts = {"repo_id": str(self.source), "revision": self.revision}
+        return {**facts, "token": self.token, "endpoint": self.endpoint}
+
+    @staticmethod
+    def _ask(request: Callable[[], T]) -> T | None:
+        """The answer of the Hub or of its cache; None where there is no such file."""
         try:
-            return Path(hf_hub_download(name, filename, revision=revision, token=self.token, endpoint=self.endpoint))
+            return request()
         except errors.RemoteEntryNotFoundError:
             return None
         except errors.LocalEntryNotFoundError:
@@ -108,8 +123,15 @@ class Files:
 
 def pin(files: Files, filename: str) -> tuple[Files, Path | None]:
     """The same files in one commit, even if a branch moves meanwhile, and the first file that is asked of them."""
+    if Path(files.source).is_dir():
+        files = replace(files, revision=None)
+        return files, files.fetch(filename)
     try:
-        path = files.fetch(filename)
+        commit = files.commit_of(filename)
+        if commit is None:
+            return files, None
+        files = replace(files, revision=commit)
+        return files, files.fetch(filename)
     except errors.GatedRepoError:
         raise  # says itself what to do
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
@@ -119,10 +141,6 @@ def pin(files: Files, filename: str) -> tuple[Files, Path | None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{files.source} has no revision {files.revision!r}; give a branch, tag or commit") from error
-    if Path(files.source).is_dir():
-        return replace(files, revision=None), path
-    # A file of the Hub lies in a folder that is named after its commit.
-    return (files if path is None else replace(files, revision=path.parent.name)), path
 
 
 def read_model_config(folder: str | Path, *, label: str | None = None) -> PreTrainedConfig:
