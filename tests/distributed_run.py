@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
-from gisp_hf import GISPPruner
+from gisp_hf import GISPPruner, prune
 from tests.runs import make_trainer, tiny_config
 from tests.tiny import tiny_model
 
@@ -63,6 +63,7 @@ def run_ddp(folder: Path, options: dict) -> None:
     disturb = options.pop("disturb", None)
     dtype = getattr(torch, options.pop("dtype", "float32"))
     config = tiny_config(num_steps=options.pop("num_steps", 5))
+    by_function = options.pop("by_function", False)
     pruner = GISPPruner(config, folder / "levels")
     trainer = make_trainer(
         tiny_model(dtype=dtype),
@@ -79,9 +80,14 @@ def run_ddp(folder: Path, options: dict) -> None:
     counter.trainer = trainer
     if world > 1:
         trainer.add_callback(counter)
-    trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
+    if by_function:
+        trainer.remove_callback(pruner)
+        prune(trainer, config, folder / "levels")
+    else:
+        trainer.train(resume_from_checkpoint=options.get("resume_from_checkpoint"))
     if trainer.is_world_process_zero():
         facts = {"world": world, "syncs": counter.passes, "backward": counter.backward}
+        facts["wrapper"] = type(trainer.model_wrapped).__name__
         (folder / "facts.json").write_text(json.dumps(facts))
 
 

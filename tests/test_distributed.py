@@ -49,8 +49,33 @@ def test_ddp_removes_what_one_process_removes(processes, tmp_path, single) -> No
         assert (tmp_path / "levels" / name).read_bytes() == (levels / name).read_bytes()
     facts = json.loads((tmp_path / "facts.json").read_text())
     # 5 pruning steps of 2 batches: gradients travel once a step, not once a batch
-    assert facts == {"world": processes, "syncs": 5, "backward": 10}
+    assert facts == {"world": processes, "syncs": 5, "backward": 10, "wrapper": "DistributedDataParallel"}
     assert result.stdout.count("GISP step") + result.stderr.count("GISP step") == 5  # one process reports
+
+
+@pytest.mark.slow
+def test_prune_on_two_processes_removes_what_one_removes(tmp_path, single) -> None:
+    expected, _ = single
+    result = launch("ddp", tmp_path, processes=2, by_function=True)
+    assert result.returncode == 0, result.stderr
+    found = Trajectory.load(tmp_path / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order))
+
+
+@pytest.mark.slow
+def test_the_fsdp2_launch_file_on_a_cpu_goes_as_far_as_accelerate_does(tmp_path, single) -> None:
+    """Accelerate 1.15 does not shard on a CPU: it falls back to DDP, and the order is that of one process."""
+    expected, _ = single
+    settings = (ROOT / "recipes" / "accelerate" / "fsdp2.yaml").read_text()
+    (tmp_path / "cpu.yaml").write_text(settings.replace("num_processes: 8", "num_processes: 2\nuse_cpu: true"))
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(tmp_path / "cpu.yaml")]
+    command += ["--module", "tests.distributed_run", "ddp", str(tmp_path), "{}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    found = Trajectory.load(tmp_path / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(found.order, expected.order))
+    assert json.loads((tmp_path / "facts.json").read_text())["wrapper"] == "DistributedDataParallel"
 
 
 @pytest.mark.slow

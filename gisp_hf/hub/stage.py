@@ -38,6 +38,7 @@ class Publish(Stage):
         self.repo_id, self.private, self.token, self.replace = repo_id, private, token, replace
         self.report: PushReport | None = None
         self.uploader: LevelUploader | None = None
+        self._asked = False
 
     def begin(self, run: Run) -> None:
         super().begin(run)
@@ -51,7 +52,8 @@ class Publish(Stage):
         if self.uploader is not None:
             levels = read_levels(level.folder.parent)
             folder = level.folder.parent
-            card = card_writer(folder, levels, repo_id=self.uploader.repo_id, fetch=True, new=True)
+            asked, self._asked = self._asked, True  # for the license of the base model: once is enough
+            card = card_writer(folder, levels, repo_id=self.uploader.repo_id, fetch=not asked, new=True)
             write_text_atomic(level.folder / CARD_FILE, card(level_name(level.sparsity), []))
             self.uploader.submit(level.sparsity, level.folder)
         return level
@@ -61,6 +63,6 @@ class Publish(Stage):
         if self.uploader is None:
             return
         folder: Path = self.run.output_dir
-        card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id, fetch=True)
+        card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id)
         self.report = self.uploader.finish(folder, card=card)
         tqdm.write(f"GISP: {len(levels)} levels and main are at {self.report.url}")
