@@ -126,13 +126,7 @@ class GispGemma3ForCausalLM(PrunedModelMixin, Gemma3ForCausalLM):
 
 
 # Their checkpoints name these classes in ``auto_map`` and carry this file.
-for _model in (
-    GispLlamaForCausalLM,
-    GispMistralForCausalLM,
-    GispQwen2ForCausalLM,
-    GispQwen3ForCausalLM,
-    GispGemma2ForCausalLM,
-    GispGemma3ForCausalLM,
-):
-    _model.config_class.register_for_auto_class("AutoConfig")
-    _model.register_for_auto_class("AutoModelForCausalLM")
+for _model in PrunedModelMixin.__subclasses__():
+    _class: Any = _model
+    _class.config_class.register_for_auto_class("AutoConfig")
+    _class.register_for_auto_class("AutoModelForCausalLM")
