@@ -1,13 +1,17 @@
+import contextlib
 import copy
+import io
 import json
 import re
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gisp_hf import GISPPruner, Trajectory
@@ -30,17 +34,32 @@ def assert_survivors_are_bit_identical(model, base, trajectory: Trajectory) -> N
         assert torch.equal(found[name], parameter), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_run_end_to_end(family, tmp_path, capsys) -> None:
-    model = tiny_model(family)
-    base = copy.deepcopy(model)
-    pruner = prune(model, tmp_path)
-    trajectory = pruner.trajectory
-    ids = torch.stack([block["input_ids"] for block in tiny_blocks(2)])
+class Finished:
+    """A run on a tiny model of one family, and what it left."""
 
-    # the model in memory, the level on disk, and the trajectory applied to the base are one and the same
-    assert_survivors_are_bit_identical(model, base, trajectory)
-    loaded = Trajectory.load(tmp_path / "levels")
+    def __init__(self, family: str, folder) -> None:
+        self.model = tiny_model(family)
+        self.base = copy.deepcopy(self.model)
+        lines = io.StringIO()
+        with contextlib.redirect_stdout(lines):
+            self.trajectory = prune(self.model, folder).trajectory
+        self.lines = [line for line in lines.getvalue().splitlines() if line.startswith("GISP step")]
+        self.loaded = Trajectory.load(folder / "levels")
+        names = (f"sparsity-{level:.2f}" for level in LEVELS)
+        self.levels = [AutoModelForCausalLM.from_pretrained(folder / "levels" / name) for name in names]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def finished(request, tmp_path_factory) -> Finished:
+    return Finished(request.param, tmp_path_factory.mktemp("finished"))
+
+
+def test_the_model_in_memory_is_cut_out_of_the_base(finished) -> None:
+    assert_survivors_are_bit_identical(finished.model, finished.base, finished.trajectory)
+
+
+def test_the_trajectory_on_disk_is_that_of_the_run(finished) -> None:
+    loaded, trajectory = finished.loaded, finished.trajectory
     assert all(torch.equal(a, b) for a, b in zip(loaded.order, trajectory.order))
     assert (loaded.steps, loaded.config, loaded.base, loaded.layout) == (
         trajectory.steps,
@@ -48,33 +67,48 @@ def test_run_end_to_end(family, tmp_path, capsys) -> None:
         trajectory.base,
         trajectory.layout,
     )
-    for level in LEVELS:
-        on_disk = AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / f"sparsity-{level:.2f}")
-        applied = loaded.apply(copy.deepcopy(base), sparsity=level)
-        for (name, a), b in zip(applied.named_parameters(), on_disk.parameters()):
-            assert torch.equal(a, b), (level, name)
-        assert torch.equal(applied(ids).logits, on_disk(ids).logits)
-    assert torch.equal(model(ids).logits, on_disk(ids).logits)
 
-    # nested, exact accounting, within one structure of the target, protected layers untouched
-    dense = discover(base)
+
+def test_levels_on_disk_equal_the_trajectory_applied_to_the_base(finished) -> None:
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(2)])
+    for level, on_disk in zip(LEVELS, finished.levels):
+        applied = finished.loaded.apply(copy.deepcopy(finished.base), sparsity=level)
+        for (name, a), b in zip(applied.named_parameters(), on_disk.named_parameters()):
+            assert name == b[0] and torch.equal(a, b[1]), (level, name)
+        assert torch.equal(applied(ids).logits, on_disk(ids).logits)
+    assert torch.equal(finished.model(ids).logits, on_disk(ids).logits)
+
+
+def test_levels_are_nested(finished) -> None:
+    left = [set(names_kept(finished.loaded, level)) for level in LEVELS]
+    assert all(smaller < larger for larger, smaller in pairwise(left))
+
+
+def test_levels_are_within_one_structure_of_their_sparsity(finished) -> None:
+    dense, loaded = discover(finished.base), finished.loaded
     largest = max(block.cost for block in dense.blocks)
-    left = [set(), *(set(names_kept(loaded, level)) for level in LEVELS)]
-    assert all(left[i + 1] < left[i] for i in range(1, len(LEVELS)))
     for level in LEVELS:
         reached = loaded.sparsity_at(loaded.prefix(level))
         assert level <= reached < level + largest / dense.total
-    last = sum(parameter.numel() for parameter in on_disk.model.layers.parameters())
-    assert last == trajectory.steps[-1].parameters == round((1 - trajectory.steps[-1].sparsity) * dense.total)
-    for layer in (0, 5):
-        for a, b in zip(base.model.layers[layer].parameters(), on_disk.model.layers[layer].parameters()):
-            assert torch.equal(a, b)
 
-    # a line per step, with what was removed
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("GISP step")]
-    assert len(lines) == 5 and all("removed" in line and "loss" in line for line in lines)
-    assert [step.step for step in trajectory.steps] == [1, 2, 3, 4, 5]
-    assert all(step.loss is not None and step.loss > 0 for step in trajectory.steps)
+
+def test_parameters_are_accounted_for_exactly(finished) -> None:
+    last, step = finished.levels[-1], finished.trajectory.steps[-1]
+    held = sum(parameter.numel() for parameter in last.model.layers.parameters())
+    assert held == step.parameters == round((1 - step.sparsity) * discover(finished.base).total)
+
+
+def test_protected_layers_are_untouched(finished) -> None:
+    for layer in (0, 5):
+        before, after = (m.model.layers[layer].parameters() for m in (finished.base, finished.levels[-1]))
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_each_step_has_a_line_and_a_row(finished) -> None:
+    assert len(finished.lines) == 5 and all("removed" in line and "loss" in line for line in finished.lines)
+    steps = finished.trajectory.steps
+    assert [step.step for step in steps] == [1, 2, 3, 4, 5]
+    assert all(step.loss is not None and step.loss > 0 for step in steps)
 
 
 def names_kept(trajectory: Trajectory, sparsity: float) -> list[str]:
@@ -281,17 +315,9 @@ def test_runs_that_cannot_work_are_refused_at_the_start(arguments, message, tmp_
     assert not (tmp_path / "levels").exists()
 
 
-def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    class Arguments:
-        fp16 = False
-        deepspeed = None
-        n_gpu = 1
-        activation_checkpointing = False
-        activation_checkpointing_kwargs = None
-
-    for change, message in (
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"fp16": True}, "use bf16=True"),
         ({"deepspeed": "ds.json"}, "accelerate launch"),
         ({"n_gpu": 2}, "accelerate launch"),
@@ -299,27 +325,49 @@ def test_unsupported_setups_say_what_to_do_instead(tmp_path) -> None:
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
             "use_reentrant",
         ),
-    ):
-        args = Arguments()
-        vars(args).update(change)
-        with pytest.raises(ValueError, match=message):
-            check_arguments(args)  # type: ignore[arg-type]
+    ],
+)
+def test_unsupported_arguments_say_what_to_do_instead(change, message) -> None:
+    plain = {"fp16": False, "deepspeed": None, "n_gpu": 1}
+    plain |= {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
+    with pytest.raises(ValueError, match=message):
+        check_arguments(SimpleNamespace(**{**plain, **change}))  # type: ignore[arg-type]
 
+
+def test_adapters_around_the_model_are_refused(tmp_path) -> None:
     adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="merge_and_unload"):
         make_trainer(adapted, tmp_path)
+
+
+def test_adapters_inside_the_model_are_refused() -> None:
+    model = tiny_model()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        check_model(model)
+
+
+def test_weights_made_under_inference_mode_are_refused(tmp_path) -> None:
     with torch.inference_mode():
         inference = tiny_model()
     with pytest.raises(ValueError, match="cannot have a gradient.*inference_mode"):
         make_trainer(inference, tmp_path)
+
+
+def test_quantized_models_are_refused() -> None:
     quantized = tiny_model()
     quantized.hf_quantizer = object()
-
     with pytest.raises(ValueError, match="quantize the pruned level"):
         check_model(quantized)
+
+
+def test_shrinking_a_compiled_model_is_refused(tmp_path) -> None:
+    pruner = GISPPruner(tiny_config(), tmp_path / "l", shrink=True)
     with pytest.raises(ValueError, match="shrink=True needs a single process, without torch_compile"):
-        pruner = GISPPruner(tiny_config(), tmp_path / "l", shrink=True)
         make_trainer(tiny_model(), tmp_path, pruner=pruner, torch_compile=True)
+
+
+def test_a_sparsity_that_cannot_be_reached_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="cannot be reached"):
         make_trainer(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.9,)))
 
