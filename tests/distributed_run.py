@@ -62,7 +62,7 @@ def run_ddp(folder: Path, options: dict) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     disturb = options.pop("disturb", None)
     dtype = getattr(torch, options.pop("dtype", "float32"))
-    config = tiny_config(num_steps=options.pop("num_steps", 5))
+    config = tiny_config(num_steps=options.pop("num_steps", 5), method=options.pop("method", "gisp"))
     pruner = GISPPruner(config, folder / "levels")
     trainer = make_trainer(
         tiny_model(dtype=dtype),
