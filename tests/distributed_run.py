@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,9 +109,11 @@ def run_fsdp2(folder: Path, options: dict) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert model_fingerprint(model.named_parameters()) == whole_fingerprint
-    config = tiny_config(sparsity_levels=(0.2, 0.4))
+    config = tiny_config(sparsity_levels=(0.2, 0.4), method=options.get("method", "gisp"))
     engine = Engine(model, layout, config, shrink=False)
-    engine.watch()
+    model.train()
+    stack = ExitStack()
+    stack.enter_context(engine.watch())
     scored = set(engine.scored_parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in scored)
@@ -140,6 +143,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     if rank == 0:
         trajectory.save(folder)
         (folder / "facts.json").write_text(json.dumps({"collectives": collectives, "world": world}))
+    stack.close()
     dist.barrier()
     dist.destroy_process_group()
 

@@ -349,3 +349,20 @@ def test_two_processes_remove_what_one_removes(method, tmp_path) -> None:
     result = launch("ddp", tmp_path, processes=2, method=method)
     assert result.returncode == 0, result.stderr
     assert_equal_orders(Trajectory.load(tmp_path / "levels"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_sharded_parameters_give_the_order_of_one_process(method, tmp_path) -> None:
+    model, ids = tiny_model(), tokens(16)
+    engine = Engine(model, discover(model), tiny_config(sparsity_levels=(0.2, 0.4), method=method), shrink=False)
+    model.train()
+    with engine.watch():
+        for target in (0.1, 0.2, 0.3, 0.4):
+            model(input_ids=ids, labels=ids).loss.backward()
+            engine.accumulate()
+            engine.advance(target)
+    result = launch("fsdp2", tmp_path, processes=2, family="llama", method=method)
+    assert result.returncode == 0, result.stderr
+    found = Trajectory.load(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(found.order, engine.order))

@@ -22,8 +22,8 @@ class Flap(ActivationCriterion):
     """
 
     def statistics(self, inputs: torch.Tensor) -> torch.Tensor:
-        ones = torch.ones_like(inputs[0])
-        return torch.stack([ones * len(inputs), inputs.sum(dim=0), inputs.square().sum(dim=0)])  # (3, length)
+        count = inputs.new_full((inputs.shape[1],), len(inputs))
+        return torch.stack([count, inputs.sum(dim=0), inputs.square().sum(dim=0)])  # (3, length)
 
     def scores(self, layout: Layout, blocks: Sequence[int], sums: Sums) -> list[torch.Tensor]:
         scores = []

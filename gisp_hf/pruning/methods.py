@@ -67,7 +67,7 @@ METHODS: dict[str, Method] = {
         scope="layer",
         normalization="none",
         num_steps=20,
-        description="error of the best re-fit without a structure, same share of every layer (OSSCAR, arXiv 2403.12983)",
+        description="error of the best re-fit without a structure, same share of every layer (arXiv 2403.12983)",
     ),
 }
 
