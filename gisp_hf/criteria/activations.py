@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gisp_hf.criteria.base import Criterion, Sums
+from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import whole
 
@@ -24,7 +24,7 @@ class ActivationCriterion(Criterion):
     are watched too; their statistics are dropped.
     """
 
-    needs = "activations"
+    needs: Needs = "activations"
 
     def statistics(self, inputs: torch.Tensor) -> torch.Tensor:
         """What adds up over tokens: inputs of one projection, float32 of shape ``(n, length)``, -> float32."""
