@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def run_ddp(folder: Path, options: dict) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     disturb = options.pop("disturb", None)
     dtype = getattr(torch, options.pop("dtype", "float32"))
-    config = tiny_config(num_steps=options.pop("num_steps", 5))
+    config = tiny_config(num_steps=options.pop("num_steps", 5), method=options.pop("method", "gisp"))
     by_function = options.pop("by_function", False)
     pruner = GISPPruner(config, folder / "levels")
     trainer = make_trainer(
@@ -114,9 +115,11 @@ def run_fsdp2(folder: Path, options: dict) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert model_fingerprint(model.named_parameters()) == whole_fingerprint
-    config = tiny_config(sparsity_levels=(0.2, 0.4))
+    config = tiny_config(sparsity_levels=(0.2, 0.4), method=options.get("method", "gisp"))
     engine = Engine(model, layout, config, shrink=False)
-    engine.watch()
+    model.train()
+    stack = ExitStack()
+    stack.enter_context(engine.watch())
     scored = set(engine.scored_parameters())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in scored)
@@ -146,6 +149,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     if rank == 0:
         trajectory.save(folder)
         (folder / "facts.json").write_text(json.dumps({"collectives": collectives, "world": world}))
+    stack.close()
     dist.barrier()
     dist.destroy_process_group()
 

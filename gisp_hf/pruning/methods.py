@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gisp_hf.criteria.base import Criterion
+from gisp_hf.criteria.flap import Flap
+from gisp_hf.criteria.gate import Gate
 from gisp_hf.criteria.magnitude import Magnitude
 from gisp_hf.criteria.random import Random
+from gisp_hf.criteria.refit import Refit
 from gisp_hf.criteria.taylor import Taylor
+from gisp_hf.criteria.wanda import WandaSP
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,38 @@ METHODS: dict[str, Method] = {
     "one-shot": Method(Taylor, num_steps=1, description="the score of gisp, all structures removed at once"),
     "magnitude": Method(Magnitude, num_steps=1, description="mean size of a structure's weights"),
     "random": Method(Random, normalization="none", num_steps=1, description="random structures, fixed seed"),
+    "wanda-sp": Method(
+        WandaSP,
+        scope="layer",
+        normalization="none",
+        num_steps=1,
+        description="|weight| x norm of its input, same share of every layer (arXiv 2306.11695)",
+    ),
+    # Without a normalisation for now: dividing by parameters removes far too many heads.
+    "gisp-activation": Method(
+        Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
+    ),
+    "flap": Method(
+        Flap,
+        normalization="none",
+        num_steps=1,
+        description="variance of inputs x squared weight norm, standardised per block (arXiv 2312.11983)",
+    ),
+    # As LLM-Pruner (horseee/LLM-Pruner: --taylor param_first, sum, not global), which leaves out the first 3 layers and
+    # the last of 32 by default: so do the defaults of protect_first and protect_last.
+    "local-taylor": Method(
+        Taylor,
+        scope="layer",
+        num_steps=1,
+        description="the score of gisp, same share of every layer, one step (LLM-Pruner, arXiv 2305.11627)",
+    ),
+    "second-order": Method(
+        Refit,
+        scope="layer",
+        normalization="none",
+        num_steps=20,
+        description="error of the best re-fit without a structure, same share of every layer (arXiv 2403.12983)",
+    ),
 }
 
 
