@@ -16,9 +16,9 @@ import importlib
 import json
 import platform
 import resource
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -235,17 +235,21 @@ def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = W
             sparsity_levels=comparison.levels,
             num_steps=min(method.num_steps, comparison.num_steps),
         )
+        scratch = work / slug(cell.file)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory(dir=work) as temporary:
+        try:
             pruner = prune(
                 model,
                 tokenizer,
                 calibration,
                 config=config,
-                output_dir=Path(temporary) / "levels",
+                output_dir=scratch / "levels",
                 batch_size=comparison.batch_size,
                 evaluate=evaluate,
             )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
         seconds = time.perf_counter() - start - evaluation_seconds
         order = pruner.trajectory
         levels = [

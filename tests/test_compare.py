@@ -164,9 +164,13 @@ def test_a_killed_comparison_goes_on() -> None:
         compare.compare(setup, Path("out"), run=killed)
     kept = {path: path.read_bytes() for path in Path("out").rglob("*.json")}
     assert len(kept) == 3 and not Path("out/results.md").exists()
+    left = Path("runs/compare") / compare_results.slug(setup.cells()[3].file) / "levels" / "sparsity-0.20"
+    left.mkdir(parents=True)  # as a kill leaves it
+    (left / "config.json").touch()
     compare.compare(setup, Path("out"), run=rest)
     assert killed.cells + rest.cells == setup.cells() and len(rest.cells) == 2
     assert all(path.read_bytes() == content for path, content in kept.items())
+    assert not left.parents[1].exists()
 
 
 def test_a_cell_with_other_settings_runs_again(capsys) -> None:
