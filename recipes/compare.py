@@ -43,6 +43,7 @@ from recipes.demo_data import DOMAINS, Domain, describe_domains, held_out_tokens
 CONFIG = Path("recipes/compare.yaml")
 RESULTS = Path("recipes/results/compare")
 WORK = Path("runs/compare")  # texts, and the levels of the cell that runs
+STRETCH = 256  # tokens of connected text that `held_out_tokens` gives
 EVALUATION_BATCH = 4  # windows at once: few, so that the peak of memory is that of pruning
 
 
@@ -101,8 +102,12 @@ class Comparison:
             for domain in split_mixture(data):
                 if domain not in DOMAINS:
                     raise ValueError(f"calibrations.{name}: {domain!r} is no domain: use {', '.join(DOMAINS)}")
-        if self.evaluation_tokens % 256:
-            raise ValueError(f"evaluation_tokens must be a multiple of 256, got {self.evaluation_tokens}")
+        if self.tokens % self.block_size:
+            raise ValueError(f"tokens ({self.tokens}) must be a multiple of block_size ({self.block_size})")
+        if self.evaluation_tokens % STRETCH:
+            raise ValueError(f"evaluation_tokens must be a multiple of {STRETCH}, got {self.evaluation_tokens}")
+        if STRETCH % self.window:
+            raise ValueError(f"window must divide {STRETCH}, the length of connected text, got {self.window}")
         files = [cell.file for cell in self.cells()]
         if twice := sorted({file for file in files if files.count(file) > 1}):
             raise ValueError(
@@ -163,6 +168,11 @@ def read_config(path: Path, *, fast: bool = False, changes: Mapping[str, Any] | 
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         raise ValueError(f"{path}: missing {missing}, unknown {unknown}; the keys are {sorted(names)}")
     values["methods"] = values["methods"] or list(METHODS)
+    for key in ("models", "methods", "seeds", "levels"):
+        if not isinstance(values[key], list):
+            raise ValueError(f"{path}: {key} must be a list, got {values[key]!r}; write [{values[key]}]")
+    if not isinstance(values["calibrations"], dict):
+        raise ValueError(f"{path}: calibrations must map names to domains, got {values['calibrations']!r}")
     return Comparison(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import statistics
 import textwrap
 from pathlib import Path
@@ -18,6 +19,7 @@ from recipes.compare import Cell, Comparison, main, read_config, run_cell
 from recipes.compare_results import read_cell, read_cells, write_report
 from tests.tiny import tiny_model, tiny_tokenizer
 
+RESULTS = Path(compare.__file__).parent / "results" / "compare"
 SMALL = {
     "models": ["model"],
     "methods": ["gisp", "magnitude"],
@@ -104,6 +106,7 @@ def result(*, method: str = "gisp", seed: int | None = 0, factor: float = 1.0) -
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> None:
     setup = comparison(seeds=[3])
     runs = Runs(setup)
@@ -144,6 +147,7 @@ def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> 
     assert [path.name for path in Path("runs/compare").iterdir() if path.is_dir()] == []  # no level is left behind
 
 
+@pytest.mark.slow
 def test_a_second_run_prunes_nothing(monkeypatch) -> None:
     setup = comparison(methods=["magnitude"], seeds=[0])
     first = compare.compare(setup, Path("out"), run=Runs(setup))
@@ -157,6 +161,7 @@ def test_a_second_run_prunes_nothing(monkeypatch) -> None:
     assert compare.compare(setup, Path("out"), run=runs) == first and runs.cells == []
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on() -> None:
     setup = comparison(methods=["magnitude", "random"], seeds=[0])
     killed, rest = Runs(setup, last=3), Runs(setup)
@@ -173,6 +178,7 @@ def test_a_killed_comparison_goes_on() -> None:
     assert not left.parents[1].exists()
 
 
+@pytest.mark.slow
 def test_a_cell_with_other_settings_runs_again(capsys) -> None:
     setup = comparison(methods=["magnitude"], calibrations={"mixture": "news:1/2,code:1/2"}, seeds=[0])
     compare.compare(setup, Path("out"), run=Runs(setup))
@@ -183,6 +189,7 @@ def test_a_cell_with_other_settings_runs_again(capsys) -> None:
     assert "dense.json was made with window 64, now 128: it runs again" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_method_of_one_file_from_outside_appears_in_the_table(here, monkeypatch) -> None:
     (here / "biggest_first.py").write_text(
         textwrap.dedent("""
@@ -256,6 +263,10 @@ def test_the_default_settings_are_those_that_the_page_describes() -> None:
         ({"seeds": []}, "seeds is empty: give at least one"),
         ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         ({"evaluation_tokens": 1000}, "evaluation_tokens must be a multiple of 256, got 1000"),
+        ({"tokens": 100}, r"tokens \(100\) must be a multiple of block_size \(16\)"),
+        ({"window": 100}, "window must divide 256, the length of connected text, got 100"),
+        ({"methods": "gisp"}, r"methods must be a list, got 'gisp'; write \[gisp\]"),
+        ({"calibrations": ["news"]}, r"calibrations must map names to domains, got \['news'\]"),
         ({"calibrations": {"law": "law"}}, "calibrations.law: 'law' is no domain: use wikipedia, news, code"),
         ({"calibrations": {"mixture": "news:0.5,code:0.4"}}, "must add up to 1"),
         ({"models": ["a/b", "a-b"]}, "several cells have the file a-b/dense.json"),
@@ -296,6 +307,14 @@ def test_tables_and_plots_come_from_the_files_alone(here, monkeypatch) -> None:
     assert rows[-2:] == [["gisp", "3", "576", "2", "1,000", "2"], ["magnitude", "3", "576", "2", "1,000", "1"]]
     assert "Mean ± standard deviation over seeds." in report
     assert "Calibration set mixture: wikipedia:1/3,news:1/3,code:1/3." in report
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/results.md")), ids=lambda p: p.name)
+def test_committed_tables_are_those_of_their_files(here, folder) -> None:
+    shutil.copytree(folder, here / "copy")
+    assert write_report(here / "copy") == (folder / "results.md").read_text(encoding="utf-8")
+    table = compare_results.perplexity_table(read_cells(folder))
+    assert table in (RESULTS.parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
 
 
 def test_a_perplexity_that_overflowed_is_shown_as_none() -> None:
