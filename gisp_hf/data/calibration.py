@@ -36,6 +36,7 @@ from gisp_hf.data.encoding import (
     tokenize,
 )
 from gisp_hf.data.records import Objective, Source
+from gisp_hf.data.shares import share_tokens, split_mixture
 from gisp_hf.data.sources import choose_objective, find_sources, open_source
 from gisp_hf.losses.objectives import language_modeling_loss, margin_loss
 
@@ -59,7 +60,9 @@ class Calibration:
             counted), ``sequences``, ``items`` (of ``dataset``), ``correct`` and ``incorrect`` (candidates; margin
             only), ``sha256`` (all input ids, sequence after sequence, as little-endian int64) and ``sources``: for each
             data set ``name``, ``hub_id``, ``config``, ``split``, ``revision`` (the commit; None for a local file),
-            ``records`` (for a running text: blocks) and ``tokens`` drawn, and ``skipped`` (reason -> records).
+            ``records`` (for a running text: blocks) and ``tokens`` drawn, and ``skipped`` (reason -> records). A
+            mixture also has ``parts``: for each ``name``, ``share``, ``tokens``, ``sequences``, ``items`` and the
+            ``sha256`` of what this part gave, in the order in which it gives it alone.
     """
 
     dataset: datasets.Dataset
@@ -94,18 +97,21 @@ def load_calibration(
     """Draw a calibration set.
 
     Args:
-        name: a data set of `gisp_hf.data.sources.SOURCES`; ``"cmqa"``, the seven decision tasks under one budget; or
-            the path of a ``.jsonl``, ``.json``, ``.parquet`` or ``.txt`` file (columns: `find_sources`).
+        name: a data set of `gisp_hf.data.sources.SOURCES`; ``"cmqa"``, the seven decision tasks under one budget;
+            ``owner/name`` or ``owner/name:config`` on the Hub; the path of a ``.jsonl``, ``.json``, ``.parquet`` or
+            ``.txt`` file (columns: `find_sources`); or a mixture of these with their shares of the tokens, which add up
+            to 1: ``"wikitext2:0.5,code.jsonl:0.3,owner/name:config:0.2"``, or ``"a.txt:1/3,b.txt:1/3,c.txt:1/3"``. Each
+            part of a mixture gives what it gives alone with its share of the tokens; blocks hold one part only.
         tokenizer: needs a pad token; documents are separated by its end-of-text token, if it has one.
         objective: ``"language_modeling"`` (packed blocks), ``"completion"`` (loss on the right answers only) or
-            ``"margin"``. ``None`` takes what the data set is for.
+            ``"margin"``. ``None`` takes what the data set is for; all parts of a mixture must be for the same.
         tokens: budget. Blocks use it to the last token. Questions are never cut: they are drawn until the next one
             would pass it, always from the data set that has given the fewest tokens, so a mixture shares it equally and
             a small set's unused share goes to the others. ``None`` takes all there is. The margin needs several times
             what language modelling does (measured: recipes/results/multiple_choice).
         block_size: tokens in a block, or the most in one sequence. A longer question loses the left end of its prompt,
             never a token of the answer. ``None``: 256 for language modelling (paper), 512 for answers.
-        seed: fixes the order in which rows are drawn.
+        seed: fixes the order in which rows are drawn, and in which the items of a mixture stand.
         revision: commit, tag or branch on the Hub, instead of the table's.
 
     Raises:
@@ -116,35 +122,44 @@ def load_calibration(
             mend.
     """
     pad_token_id(tokenizer)
-    named = find_sources(name, revision=revision)
-    objective = choose_objective(name, named, objective)
+    shares = split_mixture(name)
+    if revision is not None and len(shares) > 1:
+        raise ValueError(f"revision {revision!r} is for one data set of the Hub, {name!r} is not: leave it out")
+    named = {part: find_sources(part, revision=revision) for part in shares}
+    objective = _common_objective(named, objective)
     block_size = DEFAULT_BLOCK_SIZES[objective] if block_size is None else block_size
-    _check_sizes(name, named, objective=objective, tokens=tokens, block_size=block_size)
+    for part in shares:
+        _check_sizes(part, named[part], objective=objective, tokens=tokens, block_size=block_size)
+    budgets: dict[str, int | None] = {name: tokens}
+    if len(shares) > 1:
+        if tokens is None:
+            raise ValueError(f"the shares of {name!r} are shares of tokens: give them, for instance {DEFAULT_TOKENS}")
+        budgets = {**share_tokens(shares, tokens=tokens, unit=block_size if objective == "language_modeling" else 1)}
 
-    readings = [_Reading(label, source, *open_source(source)) for label, source in named.items()]
-    streams = [_encode(r, tokenizer, objective=objective, block_size=block_size, seed=seed) for r in readings]
-    drawn = _draw(readings, streams, tokens=tokens, cut=objective == "language_modeling")
-    if objective == "language_modeling":
-        ids = [token for piece in drawn for sequence in piece for token in sequence.input_ids][:tokens]
-        drawn = [[block] for block in pack_blocks(ids, block_size)]
-    if not drawn:
-        skipped = {reading.name: dict(reading.skipped) for reading in readings}
-        raise ValueError(
-            f"{name} gave nothing for tokens={tokens}, block_size={block_size} (skipped: {skipped}): raise them"
+    drawn: list[list[Encoded]] = []
+    parts, sources = [], []
+    for part, budget in budgets.items():
+        readings = [_Reading(label, source, *open_source(source)) for label, source in named[part].items()]
+        pieces = _draw_part(
+            part, readings, tokenizer, objective=objective, tokens=budget, block_size=block_size, seed=seed
         )
+        drawn += pieces
+        parts.append({"name": Path(part).name, "share": str(shares[part]), **_count(pieces, objective)})
+        sources += [_describe(reading) for reading in readings]
+    if len(parts) > 1:
+        drawn = [drawn[index] for index in permutation(len(drawn), seed)]
 
-    sequences = [sequence for piece in drawn for sequence in piece]
     provenance: dict[str, Any] = {
-        "name": Path(name).name,
+        "name": ",".join(f"{part['name']}:{part['share']}" for part in parts) if len(parts) > 1 else Path(name).name,
         "objective": objective,
         "seed": seed,
         "block_size": block_size,
-        "tokens": sum(len(sequence.input_ids) for sequence in sequences),
-        "sequences": len(sequences),
-        "items": len(drawn) if objective == "margin" else len(sequences),
-        "sha256": _sha256(sequences),
-        "sources": [_describe(reading) for reading in readings],
+        **_count(drawn, objective),
+        "sources": sources,
     }
+    if len(parts) > 1:
+        provenance["parts"] = parts
+    sequences = [sequence for piece in drawn for sequence in piece]
     if objective == "margin":
         correct = sum(sequence.correct for sequence in sequences)
         provenance |= {"correct": correct, "incorrect": len(sequences) - correct}
@@ -159,6 +174,52 @@ def load_calibration(
         loss=margin_loss if objective == "margin" else language_modeling_loss,
         provenance=provenance,
     )
+
+
+def _common_objective(named: Mapping[str, Mapping[str, Source]], objective: Objective | None) -> Objective:
+    """The one objective that all parts are calibrated with."""
+    chosen = {part: choose_objective(part, sources, objective) for part, sources in named.items()}
+    if len(set(chosen.values())) > 1:
+        listed = ", ".join(f"{part} is for {made_for}" for part, made_for in chosen.items())
+        raise ValueError(
+            f"the parts of a mixture must have the same objective, and {listed}: give one that all of them can be "
+            "calibrated with, such as objective='language_modeling'"
+        )
+    return next(iter(chosen.values()))
+
+
+def _draw_part(
+    name: str,
+    readings: Sequence[_Reading],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: Objective,
+    tokens: int | None,
+    block_size: int,
+    seed: int,
+) -> list[list[Encoded]]:
+    """What one name gives: blocks, answers or questions, each as its sequences."""
+    streams = [_encode(r, tokenizer, objective=objective, block_size=block_size, seed=seed) for r in readings]
+    drawn = _draw(readings, streams, tokens=tokens, cut=objective == "language_modeling")
+    if objective == "language_modeling":
+        ids = [token for piece in drawn for sequence in piece for token in sequence.input_ids][:tokens]
+        drawn = [[block] for block in pack_blocks(ids, block_size)]
+    if not drawn:
+        skipped = {reading.name: dict(reading.skipped) for reading in readings}
+        raise ValueError(
+            f"{name} gave nothing for tokens={tokens}, block_size={block_size} (skipped: {skipped}): raise them"
+        )
+    return drawn
+
+
+def _count(drawn: Sequence[list[Encoded]], objective: Objective) -> dict[str, Any]:
+    sequences = [sequence for piece in drawn for sequence in piece]
+    return {
+        "tokens": sum(len(sequence.input_ids) for sequence in sequences),
+        "sequences": len(sequences),
+        "items": len(drawn) if objective == "margin" else len(sequences),
+        "sha256": _sha256(sequences),
+    }
 
 
 def _check_sizes(

@@ -197,7 +197,8 @@ def find_sources(name: str, *, revision: str | None = None) -> dict[str, Source]
         known = ", ".join(sorted([*SOURCES, *MIXTURES]))
         raise ValueError(
             f"unknown calibration data {name!r}: choose one of {known}, give owner/name[:config] of a data set on "
-            f"the Hub with a column 'text', or the path of an existing {', '.join(FILE_LOADERS)} file"
+            f"the Hub with a column 'text', or the path of an existing {', '.join(FILE_LOADERS)} file; several of them "
+            "with their shares are written a:0.5,b:0.5"
         )
     if not path.stat().st_size:
         raise ValueError(f"{path.name} is empty: give a file with at least one row")

@@ -1,0 +1,414 @@
+"""Compare pruning methods: the same model, calibration tokens and sparsities, perplexity on text of three domains.
+
+    make compare                                    # or: python -m recipes.compare
+    python -m recipes.compare --fast                # two levels, one seed, fewer evaluation tokens
+    python -m recipes.compare my.yaml --methods gisp one-shot --calibrations mixture
+    python -m recipes.compare --report              # table and plots again, from the results that are there
+
+Settings: recipes/compare.yaml. Every cell (model, method, calibration set, seed) runs in a process of its own, so that
+peaks of memory do not mix, and writes one JSON file to recipes/results/compare/full (or fast). A cell whose file is
+there, with the same settings, does not run again: a comparison that was killed goes on. The files' schema:
+recipes/compare_results.py.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from gisp_hf import GISPConfig, __version__
+from gisp_hf.data import Calibration, load_calibration
+from gisp_hf.data.shares import split_mixture
+from gisp_hf.evaluation import perplexity
+from gisp_hf.models.dtype import fast_dtype
+from gisp_hf.pruning.methods import METHODS, find_method
+from recipes.calibrated_run import prune
+from recipes.compare_results import DENSE, FORMAT, geometric_mean, read_cell, slug, write_cell, write_report
+from recipes.demo_data import DOMAINS, Domain, describe_domains, held_out_tokens, load_domain, load_smollm2
+
+CONFIG = Path("recipes/compare.yaml")
+RESULTS = Path("recipes/results/compare")
+WORK = Path("runs/compare")  # texts, and the levels of the cell that runs
+STRETCH = 256  # tokens of connected text that `held_out_tokens` gives
+EVALUATION_BATCH = 4  # windows at once: few, so that the peak of memory is that of pruning
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison; calibration and seed are None for the unpruned model."""
+
+    model: str
+    method: str
+    calibration: str | None = None
+    seed: int | None = None
+
+    @property
+    def file(self) -> str:
+        """Its result, relative to the folder of the comparison."""
+        own = DENSE if self.method == DENSE else f"{self.method}-{self.calibration}-seed{self.seed}"
+        return f"{slug(self.model)}/{slug(own)}.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models x methods x calibration sets x seeds, and what all of them have in common: the keys of the YAML file.
+
+    Raises:
+        ValueError: if a value cannot be used.
+    """
+
+    models: tuple[str, ...]
+    methods: tuple[str, ...]
+    calibrations: Mapping[str, str]
+    seeds: tuple[int, ...]
+    levels: tuple[float, ...]
+    tokens: int
+    block_size: int
+    batch_size: int
+    num_steps: int
+    evaluation_tokens: int
+    window: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("models", "methods", "calibrations", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: give at least one")
+        for name in ("tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for method in self.methods:
+            find_method(method)
+            GISPConfig(method=method, sparsity_levels=self.levels)
+        for seed in self.seeds:
+            if type(seed) is not int or seed < 0:
+                raise ValueError(f"seeds must be whole numbers of at least 0, got {seed!r}")
+        for name, data in self.calibrations.items():
+            for domain in split_mixture(data):
+                if domain not in DOMAINS:
+                    raise ValueError(f"calibrations.{name}: {domain!r} is no domain: use {', '.join(DOMAINS)}")
+        if self.tokens % self.block_size:
+            raise ValueError(f"tokens ({self.tokens}) must be a multiple of block_size ({self.block_size})")
+        if self.evaluation_tokens % STRETCH:
+            raise ValueError(f"evaluation_tokens must be a multiple of {STRETCH}, got {self.evaluation_tokens}")
+        if STRETCH % self.window:
+            raise ValueError(f"window must divide {STRETCH}, the length of connected text, got {self.window}")
+        files = [cell.file for cell in self.cells()]
+        if twice := sorted({file for file in files if files.count(file) > 1}):
+            raise ValueError(
+                f"several cells have the file {twice[0]}: give models, methods and calibrations plain names"
+            )
+
+    def cells(self) -> list[Cell]:
+        """The unpruned models first; then seed by seed, so that an early end leaves whole tables."""
+        dense = [Cell(model, DENSE) for model in self.models]
+        return dense + [
+            Cell(model, method, calibration, seed)
+            for model in self.models
+            for seed in self.seeds
+            for calibration in self.calibrations
+            for method in self.methods
+        ]
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """All that a cell's result depends on."""
+        return {
+            "model": cell.model,
+            "method": cell.method,
+            "calibration": cell.calibration,
+            "data": None if cell.calibration is None else self.calibrations[cell.calibration],
+            "seed": cell.seed,
+            "levels": list(self.levels),
+            "tokens": self.tokens,
+            "block_size": self.block_size,
+            "batch_size": self.batch_size,
+            "num_steps": self.num_steps,
+            "evaluation_tokens": self.evaluation_tokens,
+            "window": self.window,
+            "dtype": self.dtype,
+            "text": describe_domains(),
+        }
+
+
+def read_config(path: Path, *, fast: bool = False, changes: Mapping[str, Any] | None = None) -> Comparison:
+    """The comparison that a YAML file describes; imports the modules that it names.
+
+    Args:
+        fast: apply the section ``fast``.
+        changes: values to use instead of the file's.
+
+    Raises:
+        ValueError: if a key is unknown or missing, or a value cannot be used.
+        ImportError: if a module is not found.
+    """
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}")
+    faster = values.pop("fast", None) or {}
+    values |= (faster if fast else {}) | {key: value for key, value in (changes or {}).items() if value is not None}
+    for module in values.pop("imports", None) or []:
+        importlib.import_module(module)
+    names = {field.name for field in fields(Comparison)}
+    if set(values) != names:
+        missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
+        raise ValueError(f"{path}: missing {missing}, unknown {unknown}; the keys are {sorted(names)}")
+    values["methods"] = values["methods"] or list(METHODS)
+    for key in ("models", "methods", "seeds", "levels"):
+        if not isinstance(values[key], list):
+            raise ValueError(f"{path}: {key} must be a list, got {values[key]!r}; write [{values[key]}]")
+    if not isinstance(values["calibrations"], dict):
+        raise ValueError(f"{path}: calibrations must map names to domains, got {values['calibrations']!r}")
+    return Comparison(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def is_done(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether a cell's file is there, with these settings. Says so if it has others.
+
+    Raises:
+        ValueError: the file is no result.
+    """
+    if not path.is_file():
+        return False
+    found = read_cell(path)["settings"]
+    changed = [f"{key} {found[key]!r}, now {settings[key]!r}" for key in settings if found[key] != settings[key]]
+    if changed:
+        print(f"{path} was made with {'; '.join(changed)}: it runs again")
+    return not changed
+
+
+def compare(comparison: Comparison, folder: Path, *, run: Callable[[Cell], None]) -> str:
+    """Runs the cells that have no result yet; then writes tables and plots.
+
+    Args:
+        run: runs one cell and writes its file.
+
+    Returns:
+        The text of ``results.md``.
+    """
+    cells = comparison.cells()
+    waiting = [cell for cell in cells if not is_done(folder / cell.file, comparison.settings(cell))]
+    print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before", flush=True)
+    for number, cell in enumerate(waiting, start=1):
+        print(f"\n{number}/{len(waiting)}: {cell.file}", flush=True)
+        run(cell)
+    return write_report(folder)
+
+
+def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = WORK) -> None:
+    """Prunes and measures one cell in this process, and writes its file."""
+    work.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_model(cell.model, getattr(torch, comparison.dtype))
+    model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    domains = {name: load_domain(name) for name in DOMAINS}
+    held_out = {
+        name: held_out_tokens(domain.held_out, tokenizer, count=comparison.evaluation_tokens)
+        for name, domain in domains.items()
+    }
+    evaluation_seconds = 0.0
+
+    def evaluate(model: PreTrainedModel) -> dict[str, float]:
+        nonlocal evaluation_seconds
+        start = time.perf_counter()
+        found = {
+            name: perplexity(model, tokens, window=comparison.window, batch_size=EVALUATION_BATCH)
+            for name, tokens in held_out.items()
+        }
+        evaluation_seconds += time.perf_counter() - start
+        return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+    seconds, steps, tokens_used, calibration = 0.0, 0, 0, None
+    if cell.method == DENSE:
+        levels = [_level(0.0, 0.0, evaluate(model))]
+    else:
+        assert cell.calibration is not None and cell.seed is not None
+        calibration = draw(
+            comparison.calibrations[cell.calibration], domains, tokenizer, comparison, seed=cell.seed, work=work
+        )
+        method = find_method(cell.method)
+        config = GISPConfig(
+            method=cell.method,
+            sparsity_levels=comparison.levels,
+            num_steps=min(method.num_steps, comparison.num_steps),
+        )
+        scratch = work / slug(cell.file)
+        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+        start = time.perf_counter()
+        try:
+            pruner = prune(
+                model,
+                tokenizer,
+                calibration,
+                config=config,
+                output_dir=scratch / "levels",
+                batch_size=comparison.batch_size,
+                evaluate=evaluate,
+            )
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        seconds = time.perf_counter() - start - evaluation_seconds
+        order = pruner.trajectory
+        levels = [
+            _level(level, order.sparsity_at(order.prefix(level)), metrics)
+            for level, metrics in pruner.level_metrics.items()
+        ]
+        steps = config.num_steps
+        reads_data = method.criterion().needs != "weights"
+        tokens_used = steps * calibration.provenance["tokens"] if reads_data else 0
+    write_cell(
+        folder / cell.file,
+        {
+            "format": FORMAT,
+            "settings": comparison.settings(cell),
+            "environment": environment(),
+            "calibration": calibration.provenance if calibration else None,
+            "steps": steps,
+            "tokens_used": tokens_used,
+            "seconds": seconds,
+            "evaluation_seconds": evaluation_seconds,
+            "peak_memory": peak_memory(),
+            "levels": levels,
+        },
+    )
+
+
+def _level(sparsity: float, removed: float, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    by_domain = {name: metrics[name] for name in DOMAINS}
+    assert metrics["parameters"] is not None
+    return {
+        "sparsity": sparsity,
+        "removed": removed,
+        "parameters": int(metrics["parameters"]),
+        "perplexity": by_domain,
+        "geometric_mean": geometric_mean(by_domain),
+    }
+
+
+def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``smollm2``, or a folder or Hub id, with its tokenizer."""
+    if name == "smollm2":
+        return load_smollm2(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # blocks are full: nothing is ever padded
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+
+
+def draw(
+    data: str,
+    domains: Mapping[str, Domain],
+    tokenizer: PreTrainedTokenizerBase,
+    comparison: Comparison,
+    *,
+    seed: int,
+    work: Path,
+) -> Calibration:
+    """The calibration set of these domains and shares, from files of their documents."""
+    shares = split_mixture(data)
+    names = []
+    for domain, share in shares.items():
+        path = work / f"{domain}.jsonl"
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in domains[domain].calibration)
+        if not path.is_file() or path.read_text(encoding="utf-8") != lines:
+            path.write_text(lines, encoding="utf-8")
+        names.append(str(path) if len(shares) == 1 else f"{path}:{share}")
+    return load_calibration(
+        ",".join(names), tokenizer, tokens=comparison.tokens, block_size=comparison.block_size, seed=seed
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a result was made with, beside its settings."""
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    python = platform.python_version()
+    return {"gisp_hf": __version__, "python": python, **packages, "device": device, "threads": torch.get_num_threads()}
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident size of this process so far; on a GPU, what torch allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str) -> None:
+    """The same command for one cell alone.
+
+    Raises:
+        RuntimeError: it failed; what it printed stands above.
+    """
+    command = [sys.executable, "-m", "recipes.compare", *argv, "--dtype", dtype, "--cell", cell.file]
+    finished = subprocess.run(command, check=False)
+    if finished.returncode:
+        raise RuntimeError(
+            f"{cell.file} failed with exit code {finished.returncode}, see its output above; the cells before it are "
+            "kept: the same command goes on with this one"
+        )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare pruning methods on the same calibration tokens.")
+    parser.add_argument("config", type=Path, nargs="?", default=CONFIG, help=f"settings (default: {CONFIG})")
+    parser.add_argument("--fast", action="store_true", help="the smaller comparison that the settings name so")
+    parser.add_argument("--models", nargs="+", help="only these")
+    parser.add_argument("--methods", nargs="+", help="only these")
+    parser.add_argument("--calibrations", nargs="+", help="only these calibration sets of the settings")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: the one that this machine is fast at"
+    )
+    parser.add_argument("--output-dir", type=Path, help=f"default: {RESULTS}/full, with --fast {RESULTS}/fast")
+    parser.add_argument("--report", action="store_true", help="only tables and plots, from the results that are there")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    options = parse(argv)
+    folder = options.output_dir or RESULTS / ("fast" if options.fast else "full")
+    if options.report:
+        print(write_report(folder))
+        return
+    comparison = read_config(
+        options.config,
+        fast=options.fast,
+        changes={
+            "models": options.models,
+            "methods": options.methods,
+            "seeds": options.seeds,
+            "dtype": options.dtype or str(fast_dtype()).removeprefix("torch."),
+        },
+    )
+    if options.calibrations:
+        if unknown := sorted(set(options.calibrations) - set(comparison.calibrations)):
+            known = ", ".join(comparison.calibrations)
+            raise ValueError(f"{options.config} has no calibration set {unknown[0]!r}: choose from {known}")
+        comparison = replace(
+            comparison, calibrations={name: comparison.calibrations[name] for name in options.calibrations}
+        )
+    if options.cell:
+        (cell,) = (cell for cell in comparison.cells() if cell.file == options.cell)
+        run_cell(cell, comparison, folder)
+        return
+    report = compare(comparison, folder, run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype))
+    print(f"\n{report}\nIn {folder}: results.md, plots, and one JSON file a cell")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,366 @@
+"""The comparison of methods on a tiny model and tiny texts: everything but the size is real."""
+
+import json
+import math
+import shutil
+import statistics
+import textwrap
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+
+from gisp_hf.evaluation import perplexity
+from gisp_hf.pruning.methods import METHODS
+from recipes import compare, compare_results, demo_data
+from recipes.compare import Cell, Comparison, main, read_config, run_cell
+from recipes.compare_results import read_cell, read_cells, write_report
+from tests.tiny import tiny_model, tiny_tokenizer
+
+RESULTS = Path(compare.__file__).parent / "results" / "compare"
+SMALL = {
+    "models": ["model"],
+    "methods": ["gisp", "magnitude"],
+    "calibrations": {"wikipedia": "wikipedia", "mixture": "wikipedia:1/3,news:1/3,code:1/3"},
+    "seeds": [0, 1],
+    "levels": [0.2, 0.4],
+    "tokens": 192,
+    "block_size": 16,
+    "batch_size": 4,
+    "num_steps": 3,
+    "evaluation_tokens": 256,
+    "window": 64,
+    "fast": {"seeds": [0], "levels": [0.3]},
+}
+
+
+def words(seed: int, low: int, high: int) -> str:
+    numbers = torch.randint(low, high, (300,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{number}" for number in numbers.tolist())
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a tiny model and three domains of different words."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    bounds = {"wikipedia": (4, 40), "news": (20, 60), "code": (40, 64)}
+    texts = {name: [words(seed, *bounds[name]) for seed in range(8)] for name in bounds}
+    for name in bounds:
+        monkeypatch.setitem(demo_data.DOMAINS, name, lambda name=name: texts[name])
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return tmp_path
+
+
+def config(**changes) -> Path:
+    path = Path("compare.yaml")
+    path.write_text(yaml.safe_dump(SMALL | changes, sort_keys=False))
+    return path
+
+
+def comparison(**changes) -> Comparison:
+    return read_config(config(**changes), changes={"dtype": "float32"})
+
+
+class Runs:
+    """Runs cells in this process, and counts them."""
+
+    def __init__(self, setup: Comparison, *, last: int | None = None) -> None:
+        self.setup, self.last, self.cells = setup, last, []
+
+    def __call__(self, cell: Cell) -> None:
+        if len(self.cells) == self.last:
+            raise KeyboardInterrupt
+        self.cells.append(cell)
+        run_cell(cell, self.setup, Path("out"))
+
+
+def result(*, method: str = "gisp", seed: int | None = 0, factor: float = 1.0) -> dict:
+    """A result written by hand."""
+    dense = method == "dense"
+    setup = comparison()
+    cell = Cell("model", "dense") if dense else Cell("model", method, "mixture", seed)
+    levels = []
+    for level in [0.0] if dense else [0.2, 0.4]:
+        found = {"wikipedia": 10 * factor + 100 * level, "news": 20 * factor, "code": 40 * factor}
+        mean = math.prod(found.values()) ** (1 / 3)
+        levels.append({"sparsity": level, "removed": level, "parameters": 1000, "perplexity": found})
+        levels[-1]["geometric_mean"] = mean
+    return {
+        "format": 1,
+        "settings": setup.settings(cell),
+        "environment": {"python": "3.11"},
+        "calibration": None if dense else {"tokens": 192},
+        "steps": 0 if dense else 3,
+        "tokens_used": 0 if dense else 576,
+        "seconds": 0.0 if dense else 2.0,
+        "evaluation_seconds": 1.0,
+        "peak_memory": 10**9,
+        "levels": levels,
+    }
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> None:
+    setup = comparison(seeds=[3])
+    runs = Runs(setup)
+    report = compare.compare(setup, Path("out"), run=runs)
+    assert sorted(str(path) for path in Path("out").rglob("*.json")) == [
+        "out/model/dense.json",
+        "out/model/gisp-mixture-seed3.json",
+        "out/model/gisp-wikipedia-seed3.json",
+        "out/model/magnitude-mixture-seed3.json",
+        "out/model/magnitude-wikipedia-seed3.json",
+    ]
+    cells = {path.stem: read_cell(path) for path in Path("out/model").glob("*.json")}
+    dense = cells["dense"]["levels"][0]
+    for name, load in demo_data.DOMAINS.items():
+        held_out = demo_data.held_out_tokens(load()[3::4], tiny_tokenizer(), count=256)
+        assert dense["perplexity"][name] == pytest.approx(perplexity(tiny_model(), held_out, window=64), rel=1e-5)
+    expected = math.exp(statistics.fmean(math.log(value) for value in dense["perplexity"].values()))
+    assert dense["geometric_mean"] == pytest.approx(expected)
+    assert dense["parameters"] == sum(parameter.numel() for parameter in tiny_model().parameters())
+
+    gisp, magnitude = cells["gisp-mixture-seed3"], cells["magnitude-mixture-seed3"]
+    assert (gisp["steps"], gisp["tokens_used"]) == (3, 576)
+    assert (magnitude["steps"], magnitude["tokens_used"]) == (1, 0)  # a method keeps its steps, and may read no data
+    assert gisp["calibration"] == magnitude["calibration"]  # the same tokens
+    assert [part["tokens"] for part in gisp["calibration"]["parts"]] == [64, 64, 64]
+    assert cells["gisp-wikipedia-seed3"]["calibration"]["tokens"] == 192
+    assert cells["gisp-wikipedia-seed3"]["calibration"]["sha256"] != gisp["calibration"]["sha256"]
+    # reads no data, so that the set changes nothing
+    assert cells["magnitude-wikipedia-seed3"]["levels"] == magnitude["levels"]
+    for cell in (gisp, magnitude):
+        assert [level["sparsity"] for level in cell["levels"]] == [0.2, 0.4]
+        for level in cell["levels"]:
+            layers = sum(parameter.numel() for parameter in tiny_model().model.layers.parameters())
+            assert dense["parameters"] - level["parameters"] == round(level["removed"] * layers)
+            assert level["removed"] == pytest.approx(level["sparsity"], abs=0.02)
+        assert cell["seconds"] > 0 and cell["evaluation_seconds"] > 0 and cell["peak_memory"] > 10**7
+    assert (here / "out" / "results.md").read_text() == report
+    assert [path.name for path in Path("runs/compare").iterdir() if path.is_dir()] == []  # no level is left behind
+
+
+@pytest.mark.slow
+def test_a_second_run_prunes_nothing(monkeypatch) -> None:
+    setup = comparison(methods=["magnitude"], seeds=[0])
+    first = compare.compare(setup, Path("out"), run=Runs(setup))
+
+    def never(*args, **kwargs):
+        raise AssertionError("pruned again")
+
+    monkeypatch.setattr(compare, "prune", never)
+    monkeypatch.setattr(compare, "load_model", never)
+    runs = Runs(setup)
+    assert compare.compare(setup, Path("out"), run=runs) == first and runs.cells == []
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on() -> None:
+    setup = comparison(methods=["magnitude", "random"], seeds=[0])
+    killed, rest = Runs(setup, last=3), Runs(setup)
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(setup, Path("out"), run=killed)
+    kept = {path: path.read_bytes() for path in Path("out").rglob("*.json")}
+    assert len(kept) == 3 and not Path("out/results.md").exists()
+    left = Path("runs/compare") / compare_results.slug(setup.cells()[3].file) / "levels" / "sparsity-0.20"
+    left.mkdir(parents=True)  # as a kill leaves it
+    (left / "config.json").touch()
+    compare.compare(setup, Path("out"), run=rest)
+    assert killed.cells + rest.cells == setup.cells() and len(rest.cells) == 2
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    assert not left.parents[1].exists()
+
+
+@pytest.mark.slow
+def test_a_cell_with_other_settings_runs_again(capsys) -> None:
+    setup = comparison(methods=["magnitude"], calibrations={"mixture": "news:1/2,code:1/2"}, seeds=[0])
+    compare.compare(setup, Path("out"), run=Runs(setup))
+    longer = comparison(methods=["magnitude"], calibrations={"mixture": "news:1/2,code:1/2"}, seeds=[0], window=128)
+    runs = Runs(longer)
+    compare.compare(longer, Path("out"), run=runs)
+    assert runs.cells == longer.cells()
+    assert "dense.json was made with window 64, now 128: it runs again" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_method_of_one_file_from_outside_appears_in_the_table(here, monkeypatch) -> None:
+    (here / "biggest_first.py").write_text(
+        textwrap.dedent("""
+        from gisp_hf.criteria.magnitude import Magnitude
+        from gisp_hf.pruning.methods import Method, register_method
+
+        class Biggest(Magnitude):
+            def scores(self, layout, blocks, sums):
+                return [-score for score in super().scores(layout, blocks, sums)]
+
+        register_method("biggest-first", Method(Biggest, num_steps=1))
+        """)
+    )
+    monkeypatch.syspath_prepend(here)
+    try:
+        setup = comparison(imports=["biggest_first"], methods=None, seeds=[0], levels=[0.3])
+        assert setup.methods == tuple(METHODS) and "biggest-first" in setup.methods
+        setup = comparison(imports=["biggest_first"], methods=["magnitude", "biggest-first"], seeds=[0], levels=[0.3])
+        report = compare.compare(setup, Path("out"), run=Runs(setup))
+    finally:
+        METHODS.pop("biggest-first", None)
+    assert len([line for line in report.splitlines() if "| biggest-first" in line]) == 3  # two sets, and the cost
+    own, other = (read_cell(Path(f"out/model/{name}-mixture-seed0.json")) for name in ("biggest-first", "magnitude"))
+    assert own["levels"] != other["levels"]
+    assert write_report(Path("out")) == report  # and the files alone need no method
+
+
+@pytest.mark.slow
+def test_the_command_runs_each_cell_in_its_own_process(here, capfd, monkeypatch) -> None:
+    """With the real texts, as a new process reads them; the fast section of the settings."""
+    root = Path(compare.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    path = config(methods=["random"], calibrations={"mixture": "news:1/2,code:1/2"}, evaluation_tokens=512)
+    command = [str(path), "--fast", "--dtype", "float32", "--output-dir", "out"]
+    main(command)
+    said = capfd.readouterr().out
+    assert "2 cells, 0 of them done before" in said and "1/2: model/dense.json" in said
+    cells = read_cells(Path("out"))
+    assert [cell["settings"]["method"] for cell in cells] == ["dense", "random"]
+    assert cells[1]["settings"]["levels"] == [0.3] and cells[1]["levels"][0]["sparsity"] == 0.3
+    main(command)
+    assert "2 cells, 2 of them done before" in capfd.readouterr().out
+    main([*command, "--report"])
+    assert Path("out/results.md").read_text() in capfd.readouterr().out
+    (here / "model" / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="model/random-mixture-seed1.json failed with exit code 1"):
+        main([*command, "--seeds", "1"])
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_settings_are_those_that_the_page_describes() -> None:
+    path = Path(compare.__file__).parent / "compare.yaml"
+    full = read_config(path, changes={"dtype": "float32"})
+    assert full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2) and full.methods == tuple(METHODS)
+    assert full.calibrations == {"wikipedia": "wikipedia", "mixture": "wikipedia:1/3,news:1/3,code:1/3"}
+    assert full.models == ("smollm2",) and full.evaluation_tokens == 8192
+    fast = read_config(path, fast=True, changes={"dtype": "float32"})
+    assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
+    assert len(full.cells()) == 1 + 3 * 2 * len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 3}, r"missing \[\], unknown \['epochs'\]"),
+        ({"methods": ["wandb"]}, "method must be one of gisp, .*got 'wandb'"),
+        ({"levels": [0.2, 20]}, r"sparsity levels must lie in \(0, 1\), got 20"),
+        ({"seeds": [-1]}, "seeds must be whole numbers of at least 0, got -1"),
+        ({"seeds": []}, "seeds is empty: give at least one"),
+        ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
+        ({"evaluation_tokens": 1000}, "evaluation_tokens must be a multiple of 256, got 1000"),
+        ({"tokens": 100}, r"tokens \(100\) must be a multiple of block_size \(16\)"),
+        ({"window": 100}, "window must divide 256, the length of connected text, got 100"),
+        ({"methods": "gisp"}, r"methods must be a list, got 'gisp'; write \[gisp\]"),
+        ({"calibrations": ["news"]}, r"calibrations must map names to domains, got \['news'\]"),
+        ({"calibrations": {"law": "law"}}, "calibrations.law: 'law' is no domain: use wikipedia, news, code"),
+        ({"calibrations": {"mixture": "news:0.5,code:0.4"}}, "must add up to 1"),
+        ({"models": ["a/b", "a-b"]}, "several cells have the file a-b/dense.json"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_runs(changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        comparison(**changes)
+
+
+def test_an_unknown_calibration_set_is_named() -> None:
+    with pytest.raises(ValueError, match="has no calibration set 'law': choose from wikipedia, mixture"):
+        main([str(config()), "--calibrations", "law", "--dtype", "float32"])
+
+
+# ---- files, tables and plots -----------------------------------------------------------------------------------------
+
+
+def test_tables_and_plots_come_from_the_files_alone(here, monkeypatch) -> None:
+    for method, seed, factor in [("dense", None, 1), ("gisp", 0, 2), ("gisp", 1, 4), ("magnitude", 0, 2.5)]:
+        name = "dense" if seed is None else f"{method}-{seed}"
+        compare_results.write_cell(Path(f"out/model/{name}.json"), result(method=method, seed=seed, factor=factor))
+    report = write_report(Path("out"))
+    assert (here / "out" / "results.md").read_text() == report
+    assert (here / "out" / "model-mixture.png").stat().st_size > 10_000 and "(model-mixture.png)" in report
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
+    assert rows[0][:4] == ["sparsity", "method", "calibrated on", "geometric mean"]
+    assert rows[2] == ["0%", "dense", "-", "20.00", "10.00", "20.00", "40.00", "1"]
+    assert [row[:3] for row in rows[3:7]] == [
+        ["20%", "magnitude", "mixture"],  # the best first
+        ["20%", "gisp", "mixture"],
+        ["40%", "magnitude", "mixture"],
+        ["40%", "gisp", "mixture"],
+    ]
+    means = [(40 * 40 * 80) ** (1 / 3), (60 * 80 * 160) ** (1 / 3)]
+    assert rows[4][3] == f"{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}"
+    assert rows[4][4:] == ["50.00 ± 14.14", "60.00 ± 28.28", "120.00 ± 56.57", "2"]
+    assert rows[-2:] == [["gisp", "3", "576", "2", "1,000", "2"], ["magnitude", "3", "576", "2", "1,000", "1"]]
+    assert "Mean ± standard deviation over seeds." in report
+    assert "Calibration set mixture: wikipedia:1/3,news:1/3,code:1/3." in report
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in RESULTS.glob("*/results.md")), ids=lambda p: p.name)
+def test_committed_tables_are_those_of_their_files(here, folder) -> None:
+    shutil.copytree(folder, here / "copy")
+    assert write_report(here / "copy") == (folder / "results.md").read_text(encoding="utf-8")
+    table = compare_results.perplexity_table(read_cells(folder))
+    assert table in (RESULTS.parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_a_perplexity_that_overflowed_is_shown_as_none() -> None:
+    broken = result(method="random")
+    broken["levels"][1]["perplexity"]["news"] = broken["levels"][1]["geometric_mean"] = None
+    compare_results.write_cell(Path("out/random.json"), broken)
+    (row,) = [line for line in write_report(Path("out")).splitlines() if "| random" in line and "40%" in line]
+    assert [cell.strip() for cell in row.split("|")][4:7] == ["-", "50.00", "-"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(format=2), "format must be 1, got 2"),
+        (lambda r: r.pop("seconds"), r"missing \['seconds'\]"),
+        (lambda r: r["settings"].update(extra=1), r"unknown \['extra'\]"),
+        (lambda r: r["settings"].update(seed=None), "settings.seed must be a whole number"),
+        (lambda r: r["levels"].pop(), r"levels must be \[0.2, 0.4\], got \[0.2\]"),
+        (lambda r: r["levels"][0]["perplexity"].pop("news"), r"perplexity must have the keys .*missing \['news'\]"),
+        (lambda r: r["levels"][0]["perplexity"].update(news=0.5), "perplexity.news must be a number"),
+        (lambda r: r["levels"][0].update(geometric_mean=21.0), "geometric_mean must be .*, that of the perplexities"),
+        (lambda r: r.update(peak_memory=-1), "peak_memory must be a whole number"),
+    ],
+)
+def test_a_file_that_is_no_result_is_refused_and_named(change, message) -> None:
+    broken = result()
+    change(broken)
+    path = Path("out/model/gisp-mixture-seed0.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=f"{path} is no result of a comparison: .*{message}.*; delete it"):
+        read_cell(path)
+    with pytest.raises(ValueError, match=message):
+        compare.compare(comparison(methods=["gisp"]), Path("out"), run=Runs(comparison()))
+
+
+def test_files_of_two_comparisons_make_no_table() -> None:
+    other = result(method="magnitude")
+    other["settings"]["tokens"] = 384
+    compare_results.write_cell(Path("out/a.json"), result())
+    compare_results.write_cell(Path("out/b.json"), other)
+    with pytest.raises(ValueError, match="out/a.json and out/b.json differ in tokens: 192 and 384; delete the old"):
+        read_cells(Path("out"))
+    other["settings"] |= {"tokens": 192, "data": "news"}
+    compare_results.write_cell(Path("out/b.json"), other)
+    with pytest.raises(ValueError, match="out/a.json and out/b.json mean different data by 'mixture'"):
+        read_cells(Path("out"))
+    with pytest.raises(ValueError, match="empty holds no results: run python -m recipes.compare first"):
+        read_cells(Path("empty"))
