@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 WORKERS ?= 2
 PYTEST  = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: quickstart bench benchmark test test-fast lint format clean
+.PHONY: quickstart bench benchmark compare test test-fast lint format clean
 
 quickstart: $(VENV)/.demo          # prune a small model; options: make quickstart ARGS=--one-shot
 	$(BIN)/python -m recipes.quickstart $(ARGS)
@@ -17,6 +17,9 @@ bench: $(VENV)/.demo               # speed of the levels of a quickstart
 
 benchmark: $(VENV)/.demo           # time and memory of pruning, beside a plain masked implementation
 	$(BIN)/python -m recipes.benchmark_pruning $(ARGS)
+
+compare: $(VENV)/.demo             # methods on the same tokens, three domains; options: make compare ARGS=--fast
+	$(BIN)/python -m recipes.compare $(ARGS)
 
 test: lint
 	$(PYTEST) $(ARGS)
