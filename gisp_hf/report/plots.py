@@ -73,8 +73,8 @@ def plot_perplexity(
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(series.items()):
         dashes = ("-", "--", ":")[i // 6 % 3]  # colours begin again after six curves
-        style = {"color": COLOURS[i % 6], "marker": MARKERS[i % 6], "linestyle": dashes}
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=2, **style)
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, label=name, color=COLOURS[i % 6], marker=MARKERS[i % 6], linestyle=dashes, linewidth=2)
     styles = ("--", ":", "-.")
     for i, (name, value) in enumerate((baselines or {}).items()):
         axes.axhline(value, color=GREY, linestyle=styles[i % 3], label=f"{name} ({value:,.1f})")
