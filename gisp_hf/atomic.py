@@ -1,4 +1,4 @@
-"""Files and folders that appear at once, whole, and stay after a power cut."""
+"""Atomic and durable writes of files and folders."""
 
 import os
 import secrets

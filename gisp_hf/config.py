@@ -1,4 +1,4 @@
-"""``GISPConfig``: the whole user surface of the method."""
+"""``GISPConfig``: all settings of a pruning run, validated."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields

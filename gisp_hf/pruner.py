@@ -1,4 +1,4 @@
-"""``GISPPruner`` and ``prune``: what a script adds to its Trainer."""
+"""``GISPPruner`` and ``prune``: the additions to a Trainer script."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Uses of other libraries' private parts, where no public part does the same. One test each notices a change."""
+"""Private parts of other libraries, where no public part does the same. A test for each notices a change."""
 
 import inspect
 from collections.abc import Callable, Iterator

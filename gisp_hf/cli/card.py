@@ -10,7 +10,7 @@ from gisp_hf.hub.run_cards import card_writer
 from gisp_hf.hub.runs import MAIN
 
 DESCRIPTION = "Print the card that a push would give to main or, with --level, to a level. Needs no network."
-EXAMPLE = "gisp-hf card runs/quickstart --level 0.2 --repo me/SmolLM2-135M-gisp"
+EXAMPLE = "gisp-hf card runs/quickstart --level 0.2 --repo me/SmolLM2-135M-Instruct-gisp"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

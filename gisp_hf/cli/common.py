@@ -1,4 +1,4 @@
-"""What subcommands share: where a run is, how lines are printed, and words that recur in the help."""
+"""Shared by the subcommands: finding a run, printing, and common help texts."""
 
 import sys
 

@@ -7,7 +7,7 @@ from gisp_hf.levels.info import read_levels
 from gisp_hf.report import format_table
 
 DESCRIPTION = "Show the levels of a run or repository, the mildest first."
-EXAMPLE = "gisp-hf levels me/SmolLM2-135M-gisp"
+EXAMPLE = "gisp-hf levels me/SmolLM2-135M-Instruct-gisp"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

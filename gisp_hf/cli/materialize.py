@@ -10,7 +10,7 @@ DESCRIPTION = (
     "Cut any level out of the base model, also one that was never saved, and write it as an ordinary checkpoint. "
     "Needs the small trajectory and the weights of the base model, and the memory of the pruned model only."
 )
-EXAMPLE = "gisp-hf materialize me/SmolLM2-135M-gisp --sparsity 0.37 --output SmolLM2-135M-0.37"
+EXAMPLE = "gisp-hf materialize me/SmolLM2-135M-Instruct-gisp --sparsity 0.37 --output SmolLM2-135M-Instruct-0.37"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

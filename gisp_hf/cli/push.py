@@ -11,7 +11,7 @@ DESCRIPTION = (
     "Push every level of a run as a branch of one repository, with a card each, and what they have in common as "
     "main. What is there already is not sent again, so a push that was cut off is finished by another. " + LOGIN
 )
-EXAMPLE = "gisp-hf push runs/quickstart --repo me/SmolLM2-135M-gisp --tag v1 --license apache-2.0"
+EXAMPLE = "gisp-hf push runs/quickstart --repo me/SmolLM2-135M-Instruct-gisp --tag v1 --license apache-2.0"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

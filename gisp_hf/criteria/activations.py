@@ -1,4 +1,4 @@
-"""What the criteria share that watch activations: hooks on the projections that read a block's structures. Torch alone.
+"""Shared by the criteria of activations: hooks on the projections that read a block's structures. Torch alone.
 
 The output of a structure enters one projection: that of a key/value group enters ``o_proj``, that of a channel enters
 ``down_proj``. Those are the weights with a member along dimension 1, and their inputs are what is watched.

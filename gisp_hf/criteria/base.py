@@ -24,7 +24,7 @@ class Criterion:
 
     The engine calls `watch` once, for the length of the run, and then in every pass `sums` and `scores`. It adds the
     sums up over processes in between, normalises the scores and ranks them. A criterion therefore knows nothing of
-    processes, of the removal order, or of what was removed: ``layout`` is always that of the model as it is now.
+    processes, of the removal order, or of earlier removals: ``layout`` is always that of the model as it is now.
 
     Attributes:
         needs: what the sums are made of. ``weights``: nothing of the data, so that one scoring serves the whole run.

@@ -1,4 +1,4 @@
-"""Evaluation mode without gradients, given back as it was."""
+"""Evaluation mode without gradients, as a context manager."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Model cards: what a person who finds a level on the Hub should know, and what the Hub's search reads.
+"""Model cards: text for readers, metadata for the search of the Hub.
 
 The text is in the templates (``model_cards/*.md``); here are the numbers. Rendering needs no network, and the same
 arguments give the same text. Nothing that looks like a token or a path of this machine gets into a card.

@@ -1,4 +1,4 @@
-"""What goes wrong with the Hub: whether it may pass, how long to wait, and what to tell the user."""
+"""Failures of the Hub: temporary or final, the time until the next try, the message for the user."""
 
 import email.utils
 import json

@@ -1,4 +1,4 @@
-"""What a push sends: the files of every branch. Everything that can be refused without the Hub is refused here.
+"""The plan of a push: the files of every branch. All refusals that need no Hub are made here.
 
 A level's branch holds the files of the level's folder that a run writes: those in its manifest, and those with the
 usual names (``LEVEL_FILES``). Other files stay here, with a warning; a symbolic link is an error.

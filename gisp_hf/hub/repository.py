@@ -1,4 +1,4 @@
-"""A repository on the Hub, written to by a client that makes sure, tries again, and says what is wrong."""
+"""A repository on the Hub: idempotent writes, retries, errors with the way out."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""Whose levels a repository holds: those of the run at hand, or another run's, which must not be written over."""
+"""Guards against overwriting another run: compares the levels of a repository with the run at hand."""
 
 import json
 from collections.abc import Mapping
@@ -75,7 +75,7 @@ def difference(first: Trajectory, second: Trajectory) -> str | None:
             f"it was made from {first.base.id} with fingerprint {first.base.fingerprint[:12]}, this one from "
             f"{second.base.id} with fingerprint {second.base.fingerprint[:12]}"
         )
-    if [rank.shape for rank in first.order] != [rank.shape for rank in second.order]:
+    if [order.shape for order in first.order] != [order.shape for order in second.order]:
         return "its blocks have other sizes"
     length = min(len(first), len(second))
     if length == 0:
@@ -86,7 +86,7 @@ def difference(first: Trajectory, second: Trajectory) -> str | None:
         if _as_json(first.calibration) != _as_json(second.calibration):
             return "it was made with other calibration data"
     # Both tensors: the position of what is among the first `length` removals, -1 for all others.
-    pairs = ((torch.where(rank < length, rank, -1) for rank in pair) for pair in zip(first.order, second.order))
+    pairs = ((torch.where(order < length, order, -1) for order in pair) for pair in zip(first.order, second.order))
     if not all(torch.equal(one, other) for one, other in pairs):
         return "its removal order differs"
     return None

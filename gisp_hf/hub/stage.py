@@ -1,4 +1,4 @@
-"""The stage that pushes each level with its card while the run goes on, and everything else at its end."""
+"""The stage that publishes: each level with its card during the run, ``main`` at its end."""
 
 from collections.abc import Mapping
 from pathlib import Path

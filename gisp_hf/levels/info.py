@@ -1,4 +1,4 @@
-"""Which levels there are: in a run's output folder, or in a repository (``levels.json``)."""
+"""The levels of a run's output folder, or of a repository (``levels.json``), and their metrics."""
 
 import json
 import logging

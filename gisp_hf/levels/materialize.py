@@ -1,4 +1,4 @@
-"""Prune once, deploy many: any level of a trajectory, cut straight out of the files of the unpruned model.
+"""Any level of a trajectory, cut directly out of the files of the unpruned model.
 
 The dense model is never in memory: its checkpoint is read one tensor at a time, and what a level lacks is dropped
 before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.

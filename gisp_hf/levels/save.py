@@ -1,4 +1,4 @@
-"""A level <-> a folder: an ordinary Transformers checkpoint, written whole or not at all."""
+"""Saves a level as an ordinary Transformers checkpoint, atomically."""
 
 import json
 import re

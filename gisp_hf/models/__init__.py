@@ -1,4 +1,4 @@
-"""Models: what they are made of, and how structures are taken out of them."""
+"""Structures of models: description, discovery and removal."""
 
 from gisp_hf.models.discovery import discover, family_of
 from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection, register_family

@@ -1,4 +1,4 @@
-"""Which dtype a machine multiplies fast: bfloat16 takes half the memory, but not every processor has units for it."""
+"""The fast dtype of a machine. bfloat16 takes half the memory, but not every processor has units for it."""
 
 import functools
 import time

@@ -1,4 +1,4 @@
-"""Structures of a model: what can be removed, which rows of which parameters go with it, and how much that saves.
+"""Structures of a model: kinds, the rows of parameters that belong to each, and their cost.
 
 Notation used throughout: ``L`` decoder layers, ``d`` hidden size, ``I`` intermediate size, ``H`` query heads, ``K``
 key/value heads, ``h`` head dimension. A *structure* is removed as a whole: a key/value group with its ``H / K`` query

@@ -1,4 +1,4 @@
-"""Models whose layers differ in size: what a pruned checkpoint needs in order to load.
+"""Classes of models whose layers differ in size. Pruned checkpoints load with them.
 
 This file travels with every checkpoint, so that ``from_pretrained(..., trust_remote_code=True)`` works where gisp_hf is
 not installed. It therefore imports nothing beyond transformers and what that itself stands on, and does nothing but

@@ -1,4 +1,4 @@
-"""Taking structures out of a model: set them to zero, or slice them out for real."""
+"""Removal of structures: set them to zero, or slice them out."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The removal order: the one small thing from which every nested model can be built."""
+"""The removal order, from which every nested model can be built."""
 
 import hashlib
 import json

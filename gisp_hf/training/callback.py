@@ -1,4 +1,4 @@
-"""The callback that makes a Trainer run a pruning run. It knows *when*: the engine does the work, stages the rest."""
+"""The callback that prunes during training. It decides when; the engine and the stages do the work."""
 
 import logging
 import math

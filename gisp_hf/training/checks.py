@@ -1,4 +1,4 @@
-"""Refusals: what must hold before a Trainer may prune."""
+"""Refusals before a run: unsupported arguments, models and data."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The base of a run: which model, in which revision, with which weights."""
+"""The base of a run: id, revision and fingerprint of the model."""
 
 import logging
 from pathlib import Path

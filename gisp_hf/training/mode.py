@@ -1,4 +1,4 @@
-"""Everything that a run changes in the model and the arguments, and gives back, whatever happens."""
+"""Temporary changes to the model and the arguments, all reverted at the end of a run."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack

@@ -1,4 +1,4 @@
-"""Going on after a crash: what a Trainer checkpoint of a pruning run holds, and how it is read back.
+"""Checkpoints of a run: writing, reading, and setting broken ones aside.
 
 Weights never change, so a checkpoint needs no copy of them: the base model and the removal order so far are enough. A
 checkpoint is written under another name and renamed once it is whole. It holds an empty file in the place of the

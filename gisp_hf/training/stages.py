@@ -1,4 +1,4 @@
-"""Stages: what happens to a level once it is reached. The callback says when, each stage does one thing.
+"""Stages: steps that each level goes through once it is reached.
 
 Saving, evaluating and publishing are stages (``levels/stage.py``, ``evaluation/stage.py``, ``hub/stage.py``). One of
 your own is a subclass of `Stage` in ``GISPPruner(stages=[...])``; it comes after evaluation and before publishing.
