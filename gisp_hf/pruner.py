@@ -14,7 +14,7 @@ from gisp_hf.hub.stage import Publish
 from gisp_hf.levels.stage import Save
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.training.callback import PruningCallback, move_before_trackers
-from gisp_hf.training.resume import newest_checkpoint
+from gisp_hf.training.resume import newest_checkpoint, set_aside_broken
 from gisp_hf.training.stages import Stage
 
 
@@ -143,6 +143,9 @@ def prune(
         )
     pruner = GISPPruner(config, output_dir, **options)
     if resume_from_checkpoint is True:
+        with trainer.args.main_process_first(local=False, desc="looking at checkpoints"):
+            if trainer.args.process_index == 0:
+                set_aside_broken(str(trainer.args.output_dir))
         found = newest_checkpoint(str(trainer.args.output_dir))
         if found is None:
             raise ValueError(
