@@ -24,6 +24,7 @@ def test_bfloat16_leaves_the_loss_in_float32(way) -> None:
     assert row["loss_dtype"] == "float32" and row["loss_error"] < 1e-4
 
 
+@pytest.mark.slow
 def test_recipe_prints_and_writes_the_ratios(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(benchmark_loss, "DTYPES", ("float32",))
     monkeypatch.setattr(benchmark_loss, "WAYS", ("plain", "chunked"))

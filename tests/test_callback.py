@@ -116,6 +116,7 @@ def names_kept(trajectory: Trajectory, sparsity: float) -> list[str]:
     return [f"{block.name}.{i}" for block, keep in zip(trajectory.layout.blocks, kept) for i in keep.tolist()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shrinking_and_zeroing_remove_the_same(family, tmp_path) -> None:
     small, zeroed = tiny_model(family), tiny_model(family)
@@ -134,6 +135,7 @@ def test_shrinking_and_zeroing_remove_the_same(family, tmp_path) -> None:
         assert x == y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -159,6 +161,7 @@ def test_survivors_are_bit_identical(arguments, dtype, tmp_path) -> None:
     assert_survivors_are_bit_identical(model, base, pruner.trajectory)
 
 
+@pytest.mark.slow
 def test_accumulation_clipping_and_checkpointing_do_not_change_the_order(tmp_path) -> None:
     runs = [
         {},
@@ -372,6 +375,7 @@ def test_a_sparsity_that_cannot_be_reached_is_refused(tmp_path) -> None:
         make_trainer(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.9,)))
 
 
+@pytest.mark.slow
 def test_output_folders(tmp_path) -> None:
     (tmp_path / "levels").mkdir()
     (tmp_path / "levels" / "notes.txt").write_text("mine")

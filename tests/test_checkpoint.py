@@ -33,6 +33,7 @@ def inputs() -> torch.Tensor:
     return torch.stack([block["input_ids"] for block in tiny_blocks(2, length=12)])
 
 
+@pytest.mark.slow
 def test_folder_holds_all_that_loading_needs_and_no_pickle(level) -> None:
     _, folder = level
     names = {path.name for path in folder.iterdir()}
@@ -70,6 +71,7 @@ def test_saved_equals_loaded(level, tmp_path) -> None:
     assert AutoTokenizer.from_pretrained(folder)("w5 w9")["input_ids"] == [5, 9]
 
 
+@pytest.mark.slow
 def test_generation_with_caches_batch_and_left_padding(level) -> None:
     _, folder = level
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -155,6 +155,7 @@ def test_a_second_detach_does_nothing() -> None:
 # --- in a run
 
 
+@pytest.mark.slow
 def test_a_run_removes_the_same(tmp_path) -> None:
     expected = prune(tiny_model("qwen2"), tmp_path / "plain")
     pruner = GISPPruner(tiny_config(), tmp_path / "levels", chunk_tokens=10)

@@ -156,6 +156,7 @@ def test_gisp_activation_gives_no_weight_a_gradient(tmp_path) -> None:
         hook.remove()
 
 
+@pytest.mark.slow
 def test_gisp_activation_under_activation_checkpointing_gives_the_same_order(tmp_path) -> None:
     config = tiny_config(method="gisp-activation")
     expected = prune(tiny_model(), tmp_path / "a", config=config).trajectory
@@ -302,6 +303,7 @@ def test_sums_start_anew_and_fit_the_smaller_model(method) -> None:
         torch.testing.assert_close(scores[keep], other[keep], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("method", METHODS)
 def test_zeros_and_slices_give_the_same_order(method, family, tmp_path) -> None:
@@ -312,6 +314,7 @@ def test_zeros_and_slices_give_the_same_order(method, family, tmp_path) -> None:
     assert_equal_orders(zeros.trajectory, sliced.trajectory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_no_hook_and_an_evaluation_changes_nothing(method, tmp_path) -> None:
     config = tiny_config(method=method)
@@ -330,6 +333,7 @@ def test_a_run_leaves_no_hook_and_an_evaluation_changes_nothing(method, tmp_path
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_gives_the_order_of_one_batch(method, tmp_path) -> None:
     config = tiny_config(method=method)

@@ -244,6 +244,7 @@ def times_100(outputs, labels, num_items_in_batch=None):
     return 100 * language_modeling_loss(outputs, labels, num_items_in_batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [2, 3, 4])
 def test_active_clipping_does_not_touch_the_order_of_layer_passes(passes, tmp_path, capsys) -> None:
     orders = []
@@ -284,6 +285,7 @@ def test_steps_on_leftovers_are_refused_with_numbers_that_fit(tmp_path) -> None:
     assert not (tmp_path / "levels").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("examples", "arguments"),
     [
@@ -353,6 +355,7 @@ def test_levels_of_an_added_callback_are_saved_with_the_cache_on(tmp_path) -> No
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "levels" / f"sparsity-{level:.2f}").config.use_cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.inf, math.nan, torch.tensor(2.5), 2])
 def test_any_real_number_is_a_result_of_evaluate(value, tmp_path) -> None:
     import numpy as np

@@ -63,6 +63,7 @@ def error_of(action: Callable[[], object], *, seconds: float = 60.0) -> BaseExce
     return found[0] if found else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "what"),
     [
@@ -83,6 +84,7 @@ def test_silence_ends_in_an_error(hub: HubServer, run: Path, method: str, path: 
     assert f"{REPO}, {what}" in str(error) and "Timeout" in str(error) and f"({TRIES} tries)" in str(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path"),
     [
@@ -101,6 +103,7 @@ def test_silence_that_passes_costs_a_try(hub: HubServer, run: Path, method: str,
     assert_complete(hub, run)
 
 
+@pytest.mark.slow
 def test_uploader_is_limited_too(hub: HubServer, run: Path) -> None:
     background = uploader(hub, timeout=TIMEOUT)
     hub.hang("POST", f"/commit/{NAMES[0]}", times=math.inf)
@@ -115,6 +118,7 @@ def test_timeout_must_be_seconds(hub: HubServer, run: Path, timeout: float) -> N
         push(hub, run, timeout=timeout)
 
 
+@pytest.mark.slow
 def test_upload_that_makes_progress_is_not_cut() -> None:
     """24 MB that are taken a megabyte at a time, for three times the limit."""
     size, step, pause = 24 * 2**20, 2**20, 0.1

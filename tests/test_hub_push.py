@@ -25,7 +25,7 @@ from tests.runs import LEVELS, prune
 from tests.tiny import tiny_blocks, tiny_model
 
 # The client's own, in the upload of every LFS file.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")]
 
 REPO = "me/pruned"
 NAMES = ["sparsity-0.20", "sparsity-0.30", "sparsity-0.40", "sparsity-0.50"]
@@ -246,6 +246,7 @@ def test_deleted_branch_is_restored(hub: HubServer, run: Path) -> None:
     assert json.loads(hub.files(REPO)["levels.json"])["levels"][NAMES[1]]["commit"] == hub.head(REPO, NAMES[1])
 
 
+@pytest.mark.slow
 def test_half_pushed_repository_fails_to_load(loader: Loader, run: Path) -> None:
     hub, repo = loader.hub, "me/half"
     api = HfApi(endpoint=hub.url, token=SECRET)

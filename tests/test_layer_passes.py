@@ -17,6 +17,7 @@ def run(folder, groups: int, **arguments):
     return pruner.trajectory, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [2, 3, 4])
 def test_groups_give_the_same_order(groups, tmp_path) -> None:
     expected, dense = run(tmp_path / "one", 1)

@@ -76,6 +76,7 @@ def assert_same_model(found: PreTrainedModel, expected: PreTrainedModel) -> None
 # ---- the same model --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tied", "shard"), CASES)
 def test_a_level_from_files_equals_one_cut_in_memory(
     tmp_path: Path, family: str, tied: bool | None, shard: str

@@ -216,6 +216,7 @@ def test_micro_batches_add_up_to_the_step():
     assert parts[3] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size, accumulation", [(64, 1), (10, 4), (3, 16)])
 def test_trainer_token_mean_is_exact_under_accumulation(tmp_path, batch_size, accumulation):
     (found,) = train(
@@ -264,6 +265,7 @@ def test_margin_does_not_care_where_rows_are_cut(cut):
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "batch_size, accumulation, workers", [(8, 1, 0), (2, 4, 0), (3, 3, 0), (1, 8, 0), (2, 4, 1)], ids=str
 )

@@ -16,6 +16,7 @@ from tests.runs import LEVELS, make_trainer, tiny_config
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow  # kills, and whole runs one after the other
 
 
 class Kill(TrainerCallback):

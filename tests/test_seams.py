@@ -94,6 +94,7 @@ def test_a_toy_family_is_pruned_saved_and_loaded(toy, tmp_path, capsys) -> None:
         assert sizes == [layer.widen.in_features for layer in loaded.model.layers]
 
 
+@pytest.mark.slow
 def test_shrinking_and_zeroing_a_toy_family_remove_the_same(toy, tmp_path) -> None:
     a = prune(toy(), tmp_path / "a").trajectory
     pruner = GISPPruner(tiny_config(), tmp_path / "b" / "levels", shrink=False)
@@ -267,6 +268,7 @@ def test_magnitude_removes_the_structures_with_the_smallest_weights(tmp_path) ->
     assert [(n, i) for _, n, i in found[:20]] == [(n, i) for _, n, i in first]
 
 
+@pytest.mark.slow
 def test_random_is_the_same_twice_and_with_zeros(tmp_path) -> None:
     config = tiny_config(method="random", num_steps=4)
     runs = [
