@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from gisp_hf import GISPConfig, GISPPruner, Trajectory
+from gisp_hf import GISPConfig, Trajectory, prune
 from gisp_hf.criteria import taylor
 from gisp_hf.criteria.base import share_out
 from gisp_hf.criteria.taylor import score_entries
@@ -126,7 +126,6 @@ def prune_ours(
     """A Trainer with the callback. Returns (removal order, seconds per step)."""
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
-        pruner = GISPPruner(config, Path(folder) / "levels", chunk_tokens=chunk_tokens)
         args = TrainingArguments(
             output_dir=f"{folder}/trainer",
             max_steps=config.num_steps,
@@ -139,8 +138,8 @@ def prune_ours(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[pruner, clock])
-        trainer.train()
+        trainer = Trainer(model=model, args=args, train_dataset=data, callbacks=[clock])
+        prune(trainer, config, Path(folder) / "levels", chunk_tokens=chunk_tokens)
         order = Trajectory.load(Path(folder) / "levels").order
     return order, [after - before for before, after in zip(clock.times, clock.times[1:])]
 
