@@ -291,11 +291,10 @@ class PruningCallback(TrainerCallback):
         self.shared_dir = self.output_dir is None or self.output_dir == Path(str(args.output_dir))
         self.output_dir = self.output_dir or Path(str(args.output_dir))
         before = self._load_checkpoint(args, state, model) if resumed else None
-        name = self.base_model
         self._base = (
             before.base
             if before is not None
-            else identify(model, name=name, revision=self.base_revision, hide_path=self._hide_path)
+            else identify(model, name=self.base_model, revision=self.base_revision, hide_path=self._hide_path)
         )
         run = Run(
             output_dir=self.output_dir,

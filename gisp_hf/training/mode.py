@@ -77,13 +77,6 @@ class CalibrationMode:
 
         self.on_close(give_back)
 
-    def keep_use_cache(self) -> bool | None:
-        """Gives ``config.use_cache`` back, which the Trainer overwrites; returns it."""
-        use_cache: bool | None = getattr(self.model.config, "use_cache", None)
-        if use_cache is not None:
-            self.on_close(lambda: setattr(self.model.config, "use_cache", use_cache))
-        return use_cache
-
     def switch_off_dropout(self) -> None:
         """Sets every dropout probability to 0. The Trainer puts the model in train mode itself, before each batch."""
         for module in self.model.modules():
