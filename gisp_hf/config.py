@@ -12,8 +12,8 @@ from gisp_hf.models.layout import KINDS
 from gisp_hf.pruning.methods import METHODS
 from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
-Normalization = Literal["params", "reference", "none"]
-NORMALIZATIONS: tuple[Normalization, ...] = ("params", "reference", "none")
+Normalization = Literal["params", "root", "reference", "standardized", "none"]
+NORMALIZATIONS: tuple[Normalization, ...] = ("params", "root", "reference", "standardized", "none")
 # What `prune` may say besides the name of a kind -> the kinds that are pruned; None: all.
 PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention",), "channels": ("mlp",)}
 
@@ -54,8 +54,15 @@ class GISPConfig:
         default=None,  # type: ignore[arg-type]  # filled in below
         metadata={
             "help": "What a structure's score is divided by: its number of parameters (params, Eq. 9 of the paper), "
-            "the constants of the published code (reference), or nothing (none). Default: the method's own, params for "
-            "gisp."
+            "the square root of that (root), the constants of the published code (reference), or nothing (none); "
+            "standardized: mean 0 and deviation 1 in each kind. Default: the method's own, params for gisp."
+        },
+    )
+    score_momentum: float = field(
+        default=None,  # type: ignore[assignment]  # filled in below
+        metadata={
+            "help": "Share of the earlier steps in a moving average of scores: momentum x average + (1 - momentum) x "
+            "this step's score; in [0, 1), 0 = each step by itself. Default: the method's own."
         },
     )
     prune: str = field(
@@ -109,6 +116,9 @@ class GISPConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         object.__setattr__(self, "minimum_kept", {kind: n for kind, n in self.minimum_kept.items() if n != 1})
+        momentum = self.score_momentum
+        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
+            raise ValueError(f"score_momentum must be a number in [0, 1), got {momentum!r}; 0 is no average")
         for name in ("protect_first", "protect_last"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -137,7 +147,7 @@ class GISPConfig:
         Before a run, `gisp_hf.pruning.methods.find_method` refuses it.
         """
         method = METHODS.get(self.method, METHODS["gisp"])
-        for name in ("num_steps", "normalization"):
+        for name in ("num_steps", "normalization", "score_momentum"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(method, name))
 

@@ -18,16 +18,27 @@ def prune(
     config: GISPConfig,
     output_dir: Path,
     batch_size: int,
+    fresh: bool = False,
     evaluate: Evaluate | None = None,
 ) -> GISPPruner:
     """The part to copy: dataset, collator and loss of the calibration set go to an ordinary Trainer.
 
-    Every step sees the whole set, in micro-batches of ``batch_size`` items. How it is cut and ordered does not change
-    the gradient, so items of like length stand together: questions padded to the longest of all cost far more.
+    Every step sees the whole set, in micro-batches of ``batch_size`` items; or, if ``fresh``, the next part of it, one
+    of as many equal parts as there are steps. How a step's items are cut and ordered does not change the gradient, so
+    items of like length stand together: questions padded to the longest of all cost far more.
+
+    Raises:
+        ValueError: if ``fresh``, and there are fewer items than steps.
     """
-    items = len(calibration.dataset)
     lengths = [_tokens(item["input_ids"]) for item in calibration.dataset]
-    longest_first = sorted(range(items), key=lambda i: -lengths[i])  # what does not fit into memory fails at once
+    items = len(lengths) // config.num_steps if fresh else len(lengths)  # in each step
+    if not items:
+        raise ValueError(f"{len(lengths)} items cannot be shared out to {config.num_steps} steps: raise tokens")
+    parts = [range(start, start + items) for start in range(0, items * (config.num_steps if fresh else 1), items)]
+    # The longest first: what does not fit into memory fails at once.
+    sorted_items = [item for part in parts for item in sorted(part, key=lambda i: -lengths[i])]
+    if fresh:  # a micro-batch must not reach into the next step's part
+        batch_size = max(size for size in range(1, min(batch_size, items) + 1) if items % size == 0)
     arguments = TrainingArguments(
         output_dir=str(output_dir.with_name(output_dir.name + "-trainer")),
         max_steps=config.num_steps,
@@ -41,7 +52,7 @@ def prune(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=calibration.dataset.select(longest_first),
+        train_dataset=calibration.dataset.select(sorted_items),
         data_collator=calibration.collator,
         compute_loss_func=calibration.loss,
         processing_class=tokenizer,

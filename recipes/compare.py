@@ -1,4 +1,4 @@
-"""Compare pruning methods: the same model, calibration tokens and sparsities, perplexity on text of three domains.
+"""Compare pruning methods: the same model, calibration tokens and sparsities; quality on three domains, speed, cost.
 
     make compare                                    # or: python -m recipes.compare
     python -m recipes.compare --fast                # two levels, one seed, fewer evaluation tokens
@@ -7,13 +7,16 @@
 
 Settings: recipes/compare.yaml. Every cell (model, method, calibration set, seed) runs in a process of its own, so that
 peaks of memory do not mix, and writes one JSON file to recipes/results/compare/full (or fast). A cell whose file is
-there, with the same settings, does not run again: a comparison that was killed goes on. The files' schema:
+there, with the same settings, does not run again: a comparison that was killed goes on. On a CPU two cells run at once
+and share the cores (``--jobs``). Levels are measured as a user gets them: loaded from their folders. The files' schema:
 recipes/compare_results.py.
 """
 
 import argparse
 import importlib
 import json
+import math
+import os
 import platform
 import resource
 import shutil
@@ -21,7 +24,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,25 +35,30 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gisp_hf import GISPConfig, __version__
+from gisp_hf.atomic import write_text_atomic
 from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.data.shares import split_mixture
-from gisp_hf.evaluation import perplexity
+from gisp_hf.evaluation import measure_speed, multiple_choice_accuracy, perplexity
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.pruning.methods import METHODS, find_method
 from recipes.calibrated_run import prune
 from recipes.compare_results import DENSE, FORMAT, geometric_mean, read_cell, slug, write_cell, write_report
 from recipes.demo_data import DOMAINS, Domain, describe_domains, held_out_tokens, load_domain, load_smollm2
+from recipes.prune_multiple_choice import make_questions
 
 CONFIG = Path("recipes/compare.yaml")
 RESULTS = Path("recipes/results/compare")
 WORK = Path("runs/compare")  # texts, and the levels of the cell that runs
 STRETCH = 256  # tokens of connected text that `held_out_tokens` gives
-EVALUATION_BATCH = 4  # windows at once: few, so that the peak of memory is that of pruning
+EVALUATION_BATCH = 4  # windows at once
+QUESTION_DOMAIN = "wikipedia"  # the questions are how its held-out passages go on
+QUESTION_WORDS = 8  # of a prompt, and of each of its four continuations
+PROMPT_TOKENS = 256  # of the prompt whose prefill is timed, batch 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison; calibration and seed are None for the unpruned model."""
+    """One run of a comparison; calibration and seed are None for the unpruned model and for methods without data."""
 
     model: str
     method: str
@@ -59,13 +68,33 @@ class Cell:
     @property
     def file(self) -> str:
         """Its result, relative to the folder of the comparison."""
-        own = DENSE if self.method == DENSE else f"{self.method}-{self.calibration}-seed{self.seed}"
+        own = self.method if self.calibration is None else f"{self.method}-{self.calibration}-seed{self.seed}"
         return f"{slug(self.model)}/{slug(own)}.json"
+
+
+# What a variant may change besides the fields of GISPConfig.
+VARIANT_KEYS = ("tokens", "block_size", "batch_size", "fresh", "dtype")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one method runs: ``tokens`` in each step, the same ones (or ``fresh``), blocks, dtype of the weights."""
+
+    config: GISPConfig
+    tokens: int
+    block_size: int
+    batch_size: int
+    fresh: bool
+    dtype: str
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Models x methods x calibration sets x seeds, and what all of them have in common: the keys of the YAML file.
+
+    ``leading`` names the methods that run with all seeds, on the first calibration set; every other cell has the first
+    seed. None: all cells have all seeds. ``variants`` gives names to methods with other settings (`Variant`), for use
+    in ``methods`` and ``leading``.
 
     Raises:
         ValueError: if a value cannot be used.
@@ -75,6 +104,7 @@ class Comparison:
     methods: tuple[str, ...]
     calibrations: Mapping[str, str]
     seeds: tuple[int, ...]
+    leading: tuple[str, ...] | None
     levels: tuple[float, ...]
     tokens: int
     block_size: int
@@ -82,19 +112,23 @@ class Comparison:
     num_steps: int
     evaluation_tokens: int
     window: int
+    questions: int
+    fresh: bool
     dtype: str
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("models", "methods", "calibrations", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty: give at least one")
-        for name in ("tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window"):
+        for name in ("tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window", "questions"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for method in self.methods:
-            find_method(method)
-            GISPConfig(method=method, sparsity_levels=self.levels)
+        if type(self.fresh) is not bool:
+            raise ValueError(f"fresh must be true or false, got {self.fresh!r}")
+        for name in (*self.methods, *(self.leading or ())):
+            self.variant(name)
         for seed in self.seeds:
             if type(seed) is not int or seed < 0:
                 raise ValueError(f"seeds must be whole numbers of at least 0, got {seed!r}")
@@ -102,8 +136,6 @@ class Comparison:
             for domain in split_mixture(data):
                 if domain not in DOMAINS:
                     raise ValueError(f"calibrations.{name}: {domain!r} is no domain: use {', '.join(DOMAINS)}")
-        if self.tokens % self.block_size:
-            raise ValueError(f"tokens ({self.tokens}) must be a multiple of block_size ({self.block_size})")
         if self.evaluation_tokens % STRETCH:
             raise ValueError(f"evaluation_tokens must be a multiple of {STRETCH}, got {self.evaluation_tokens}")
         if STRETCH % self.window:
@@ -117,13 +149,42 @@ class Comparison:
     def cells(self) -> list[Cell]:
         """The unpruned models first; then seed by seed, so that an early end leaves whole tables."""
         dense = [Cell(model, DENSE) for model in self.models]
-        return dense + [
+        without_data = [Cell(model, m) for model in self.models for m in self.methods if not self.reads_data(m)]
+        return [*dense, *without_data] + [
             Cell(model, method, calibration, seed)
             for model in self.models
             for seed in self.seeds
             for calibration in self.calibrations
             for method in self.methods
+            if self.reads_data(method) and self._has_seed(method, calibration, seed)
         ]
+
+    def _has_seed(self, method: str, calibration: str, seed: int) -> bool:
+        first = seed == self.seeds[0]
+        return (
+            first or self.leading is None or (method in self.leading and calibration == next(iter(self.calibrations)))
+        )
+
+    def variant(self, name: str) -> "Variant":
+        """The settings of a cell's method.
+
+        Raises:
+            ValueError: there is no such method, or a value cannot be used.
+        """
+        changes = dict(self.variants.get(name, {"method": name}))  # a name of its own, or a method of the package
+        method = changes.pop("method", "gisp")
+        values = {key: changes.pop(key, getattr(self, key)) for key in VARIANT_KEYS}
+        steps = changes.pop("num_steps", min(find_method(method).num_steps, self.num_steps))
+        config = GISPConfig.from_dict({"method": method, "sparsity_levels": self.levels, "num_steps": steps, **changes})
+        if values["tokens"] % values["block_size"]:
+            raise ValueError(
+                f"{name}: tokens ({values['tokens']}) must be a multiple of block_size ({values['block_size']})"
+            )
+        return Variant(config=config, **values)
+
+    def reads_data(self, name: str) -> bool:
+        """Whether a method's scores depend on calibration data; otherwise one cell serves every data set and seed."""
+        return find_method(self.variant(name).config.method).criterion().needs != "weights"
 
     def settings(self, cell: Cell) -> dict[str, Any]:
         """All that a cell's result depends on."""
@@ -140,6 +201,9 @@ class Comparison:
             "num_steps": self.num_steps,
             "evaluation_tokens": self.evaluation_tokens,
             "window": self.window,
+            "questions": self.questions,
+            "fresh": self.fresh,
+            "changes": dict(self.variants.get(cell.method, {})),
             "dtype": self.dtype,
             "text": describe_domains(),
         }
@@ -163,14 +227,17 @@ def read_config(path: Path, *, fast: bool = False, changes: Mapping[str, Any] | 
     values |= (faster if fast else {}) | {key: value for key, value in (changes or {}).items() if value is not None}
     for module in values.pop("imports", None) or []:
         importlib.import_module(module)
-    names = {field.name for field in fields(Comparison)}
+    values.setdefault("variants", {})
+    names = {entry.name for entry in fields(Comparison)}
     if set(values) != names:
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         raise ValueError(f"{path}: missing {missing}, unknown {unknown}; the keys are {sorted(names)}")
     values["methods"] = values["methods"] or list(METHODS)
-    for key in ("models", "methods", "seeds", "levels"):
+    for key in ("models", "methods", "seeds", "levels", *(["leading"] if values["leading"] is not None else [])):
         if not isinstance(values[key], list):
             raise ValueError(f"{path}: {key} must be a list, got {values[key]!r}; write [{values[key]}]")
+    if not isinstance(values["variants"], dict) or not all(isinstance(v, dict) for v in values["variants"].values()):
+        raise ValueError(f"{path}: variants must map names to settings, got {values['variants']!r}")
     if not isinstance(values["calibrations"], dict):
         raise ValueError(f"{path}: calibrations must map names to domains, got {values['calibrations']!r}")
     return Comparison(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
@@ -191,11 +258,12 @@ def is_done(path: Path, settings: Mapping[str, Any]) -> bool:
     return not changed
 
 
-def compare(comparison: Comparison, folder: Path, *, run: Callable[[Cell], None]) -> str:
+def compare(comparison: Comparison, folder: Path, *, run: Callable[[Cell], None], jobs: int = 1) -> str:
     """Runs the cells that have no result yet; then writes tables and plots.
 
     Args:
         run: runs one cell and writes its file.
+        jobs: cells at once. After an error none is begun, and those that run come to their end.
 
     Returns:
         The text of ``results.md``.
@@ -203,99 +271,137 @@ def compare(comparison: Comparison, folder: Path, *, run: Callable[[Cell], None]
     cells = comparison.cells()
     waiting = [cell for cell in cells if not is_done(folder / cell.file, comparison.settings(cell))]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before", flush=True)
-    for number, cell in enumerate(waiting, start=1):
+
+    def run_one(number: int, cell: Cell) -> None:
         print(f"\n{number}/{len(waiting)}: {cell.file}", flush=True)
         run(cell)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(run_one, number, cell) for number, cell in enumerate(waiting, start=1)]
+        try:
+            for future in running:
+                future.result()
+        except BaseException:  # Ctrl-C too
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return write_report(folder)
 
 
 def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = WORK) -> None:
     """Prunes and measures one cell in this process, and writes its file."""
     work.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(cell.model, getattr(torch, comparison.dtype))
+    variant = None if cell.method == DENSE else comparison.variant(cell.method)
+    model, tokenizer = load_model(cell.model, getattr(torch, variant.dtype if variant else comparison.dtype))
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     domains = {name: load_domain(name) for name in DOMAINS}
-    held_out = {
-        name: held_out_tokens(domain.held_out, tokenizer, count=comparison.evaluation_tokens)
-        for name, domain in domains.items()
-    }
-    evaluation_seconds = 0.0
-
-    def evaluate(model: PreTrainedModel) -> dict[str, float]:
-        nonlocal evaluation_seconds
-        start = time.perf_counter()
-        found = {
-            name: perplexity(model, tokens, window=comparison.window, batch_size=EVALUATION_BATCH)
-            for name, tokens in held_out.items()
-        }
-        evaluation_seconds += time.perf_counter() - start
-        return found | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
-
-    seconds, steps, tokens_used, calibration = 0.0, 0, 0, None
-    if cell.method == DENSE:
-        levels = [_level(0.0, 0.0, evaluate(model))]
-    else:
-        assert cell.calibration is not None and cell.seed is not None
-        calibration = draw(
-            comparison.calibrations[cell.calibration], domains, tokenizer, comparison, seed=cell.seed, work=work
-        )
-        method = find_method(cell.method)
-        config = GISPConfig(
-            method=cell.method,
-            sparsity_levels=comparison.levels,
-            num_steps=min(method.num_steps, comparison.num_steps),
-        )
-        scratch = work / slug(cell.file)
-        shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-        start = time.perf_counter()
-        try:
+    seconds, cpu_seconds, steps, tokens_used, calibration = 0.0, 0.0, 0, 0, None
+    folders: dict[float, Path | None] = {0.0: None}
+    removed = {0.0: 0.0}
+    scratch = work / slug(cell.file)
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
+    try:
+        if variant is not None:
+            data = next(iter(comparison.calibrations)) if cell.calibration is None else cell.calibration
+            drawn = draw(comparison.calibrations[data], domains, tokenizer, variant, seed=cell.seed or 0, work=work)
+            start, cpu_start = time.perf_counter(), time.process_time()
             pruner = prune(
                 model,
                 tokenizer,
-                calibration,
-                config=config,
+                drawn,
+                config=variant.config,
                 output_dir=scratch / "levels",
-                batch_size=comparison.batch_size,
-                evaluate=evaluate,
+                batch_size=variant.batch_size,
+                fresh=variant.fresh,
             )
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        seconds = time.perf_counter() - start - evaluation_seconds
-        order = pruner.trajectory
-        levels = [
-            _level(level, order.sparsity_at(order.prefix(level)), metrics)
-            for level, metrics in pruner.level_metrics.items()
-        ]
-        steps = config.num_steps
-        reads_data = method.criterion().needs != "weights"
-        tokens_used = steps * calibration.provenance["tokens"] if reads_data else 0
+            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+            order = pruner.trajectory
+            folders = dict(pruner.level_folders)
+            removed = {level: order.sparsity_at(order.prefix(level)) for level in folders}
+            steps = variant.config.num_steps
+            if cell.calibration is not None:
+                calibration = drawn.provenance
+                tokens_used = steps * variant.tokens
+        peak = peak_memory()  # of pruning: measuring comes after it
+        model = pruner = None  # make room
+        start = time.perf_counter()
+        levels = measure(cell.model, folders, removed, tokenizer, domains, comparison)
+        evaluation_seconds = time.perf_counter() - start
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     write_cell(
         folder / cell.file,
         {
             "format": FORMAT,
             "settings": comparison.settings(cell),
             "environment": environment(),
-            "calibration": calibration.provenance if calibration else None,
+            "calibration": calibration,
             "steps": steps,
             "tokens_used": tokens_used,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "evaluation_seconds": evaluation_seconds,
-            "peak_memory": peak_memory(),
+            "peak_memory": peak,
             "levels": levels,
         },
     )
 
 
-def _level(sparsity: float, removed: float, metrics: Mapping[str, float | None]) -> dict[str, Any]:
-    by_domain = {name: metrics[name] for name in DOMAINS}
-    assert metrics["parameters"] is not None
-    return {
-        "sparsity": sparsity,
-        "removed": removed,
-        "parameters": int(metrics["parameters"]),
-        "perplexity": by_domain,
-        "geometric_mean": geometric_mean(by_domain),
+def measure(
+    name: str,
+    folders: Mapping[float, Path | None],
+    removed: Mapping[float, float],
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Mapping[str, Domain],
+    comparison: Comparison,
+) -> list[dict[str, Any]]:
+    """What each level is worth: entries of ``levels`` in the result of a cell.
+
+    Args:
+        name: the unpruned model, which prefill is compared with.
+        folders: sparsity -> checkpoint; None: the unpruned model itself.
+        removed: sparsity -> the sparsity that was reached.
+    """
+    dtype = getattr(torch, comparison.dtype)
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    held_out = {
+        domain: held_out_tokens(text.held_out, tokenizer, count=comparison.evaluation_tokens)
+        for domain, text in domains.items()
     }
+    words = {"prompt_words": QUESTION_WORDS, "choice_words": QUESTION_WORDS}
+    questions = make_questions(domains[QUESTION_DOMAIN].held_out, count=comparison.questions, **words)
+    dense = load_model(name, dtype)[0].to(device)
+    entries = []
+    for sparsity, folder in folders.items():
+        model = dense if folder is None else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        found = {
+            domain: finite(perplexity(model, tokens, window=comparison.window, batch_size=EVALUATION_BATCH))
+            for domain, tokens in held_out.items()
+        }
+        try:
+            accuracy = multiple_choice_accuracy(model, tokenizer, questions, batch_size=64)["accuracy"]
+        except ValueError:  # a log-likelihood is nan
+            if all(found.values()):
+                raise
+            accuracy = None
+        speeds = measure_speed({"dense": dense, "level": model}, prompt_tokens=PROMPT_TOKENS, new_tokens=1)
+        entries.append(
+            {
+                "sparsity": sparsity,
+                "removed": removed[sparsity],
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "perplexity": found,
+                "geometric_mean": geometric_mean(found),
+                "accuracy": accuracy,
+                "prefill": speeds["level"].prefill,
+                "prefill_ratio": speeds["level"].prefill / speeds["dense"].prefill,
+            }
+        )
+    return entries
+
+
+def finite(value: float) -> float | None:
+    """The value, or None if it has overflowed."""
+    return value if math.isfinite(value) else None
 
 
 def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -312,23 +418,22 @@ def draw(
     data: str,
     domains: Mapping[str, Domain],
     tokenizer: PreTrainedTokenizerBase,
-    comparison: Comparison,
+    variant: Variant,
     *,
     seed: int,
     work: Path,
 ) -> Calibration:
-    """The calibration set of these domains and shares, from files of their documents."""
+    """The calibration set of these domains and shares, for all steps, from files of their documents."""
     shares = split_mixture(data)
     names = []
     for domain, share in shares.items():
         path = work / f"{domain}.jsonl"
         lines = "".join(json.dumps({"text": text}) + "\n" for text in domains[domain].calibration)
         if not path.is_file() or path.read_text(encoding="utf-8") != lines:
-            path.write_text(lines, encoding="utf-8")
+            write_text_atomic(path, lines)  # another cell may do the same
         names.append(str(path) if len(shares) == 1 else f"{path}:{share}")
-    return load_calibration(
-        ",".join(names), tokenizer, tokens=comparison.tokens, block_size=comparison.block_size, seed=seed
-    )
+    tokens = variant.tokens * (variant.config.num_steps if variant.fresh else 1)
+    return load_calibration(",".join(names), tokenizer, tokens=tokens, block_size=variant.block_size, seed=seed)
 
 
 def environment() -> dict[str, Any]:
@@ -347,14 +452,16 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str) -> None:
-    """The same command for one cell alone.
+def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str, jobs: int) -> None:
+    """The same command for one cell alone, on its share of the cores.
 
     Raises:
         RuntimeError: it failed; what it printed stands above.
     """
     command = [sys.executable, "-m", "recipes.compare", *argv, "--dtype", dtype, "--cell", cell.file]
-    finished = subprocess.run(command, check=False)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environ = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else None
+    finished = subprocess.run(command, check=False, env=environ)
     if finished.returncode:
         raise RuntimeError(
             f"{cell.file} failed with exit code {finished.returncode}, see its output above; the cells before it are "
@@ -374,6 +481,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16"), help="default: the one that this machine is fast at"
     )
     parser.add_argument("--output-dir", type=Path, help=f"default: {RESULTS}/full, with --fast {RESULTS}/fast")
+    parser.add_argument(
+        "--jobs", type=int, help="cells at once, which share the cores (default: 1 on a GPU or a single core, else 2)"
+    )
     parser.add_argument("--report", action="store_true", help="only tables and plots, from the results that are there")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -406,7 +516,13 @@ def main(argv: Sequence[str]) -> None:
         (cell,) = (cell for cell in comparison.cells() if cell.file == options.cell)
         run_cell(cell, comparison, folder)
         return
-    report = compare(comparison, folder, run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype))
+    jobs = options.jobs or (1 if torch.cuda.is_available() or (os.cpu_count() or 1) < 2 else 2)
+    report = compare(
+        comparison,
+        folder,
+        run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype, jobs=jobs),
+        jobs=jobs,
+    )
     print(f"\n{report}\nIn {folder}: results.md, plots, and one JSON file a cell")
 
 

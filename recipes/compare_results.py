@@ -1,21 +1,24 @@
 """Results of a comparison: one JSON file a cell, checked when it is read; tables and plots from these files alone.
 
 A cell is one model, pruned by one method on one calibration set with one seed; or the unpruned model, whose method is
-``dense``. Format 1:
+``dense``. Format 2:
 
 ==================  ==========================================================================================
 key                 value
 ==================  ==========================================================================================
-settings            model, method, calibration (its name), data (its domains and shares), seed, and all that the
-                    cells of one comparison have in common; calibration, data and seed are null for ``dense``
+settings            model, method, calibration (its name), data (its domains and shares), seed, changes (of a variant,
+                    else empty), and all that the cells of one comparison have in common; calibration, data and seed are
+                    null for ``dense`` and for a method that reads no data
 environment         versions, device and threads
 calibration         provenance of the calibration set (`gisp_hf.data.Calibration`), or null
 steps, tokens_used  pruning steps, and tokens that the criterion saw in all of them together
 seconds             of pruning, with writing the levels and without evaluation
+cpu_seconds         of the same, summed over threads: other programs on the machine hardly change them
 evaluation_seconds  of all levels together
-peak_memory         bytes: the largest resident size of the process (on a GPU: what torch allocated there)
+peak_memory         bytes, of pruning: the largest resident size of the process (on a GPU: what torch allocated there)
 levels              sparsity (asked for), removed (reached), parameters, perplexity by domain, geometric_mean of
-                    these; a perplexity that is not finite is null, and the mean with it
+                    these, accuracy (a fraction), prefill (tokens per second), prefill_ratio (to the unpruned model's in
+                    the same process); a perplexity that is not finite is null, and the mean with it
 ==================  ==========================================================================================
 """
 
@@ -30,13 +33,13 @@ from gisp_hf.atomic import write_text_atomic
 from gisp_hf.report import format_table, plot_perplexity
 from gisp_hf.untrusted import check_list, check_number, check_object, check_text, check_whole, read_json
 
-FORMAT = 1
+FORMAT = 2
 DENSE = "dense"
 # What tells the cells of one comparison apart; all other settings must agree.
-OWN_SETTINGS = ("model", "method", "calibration", "data", "seed")
+OWN_SETTINGS = ("model", "method", "calibration", "data", "seed", "changes")
 COMMON_SETTINGS = (
-    *("levels", "tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window"),
-    *("dtype", "text"),
+    *("levels", "tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window", "questions"),
+    *("fresh", "dtype", "text"),
 )
 
 
@@ -86,7 +89,7 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
                     f"{paths[0]} and {path} differ in {key}: {first[key]!r} and {settings[key]!r}; delete the old "
                     "ones, or give each comparison its own --output-dir"
                 )
-        if settings["method"] != DENSE:
+        if settings["calibration"] is not None:
             known, where = data.setdefault(settings["calibration"], (settings["data"], path))
             if known != settings["data"]:
                 raise ValueError(
@@ -104,7 +107,7 @@ def check_cell(result: Mapping[str, Any]) -> None:
     """
     keys = {
         *("format", "settings", "environment", "calibration", "steps", "tokens_used", "seconds"),
-        *("evaluation_seconds", "peak_memory", "levels"),
+        *("cpu_seconds", "evaluation_seconds", "peak_memory", "levels"),
     }
     _check_keys(result, keys, "the result")
     if result["format"] != FORMAT:
@@ -114,21 +117,24 @@ def check_cell(result: Mapping[str, Any]) -> None:
     for key in ("model", "method", "dtype"):
         check_text(settings[key], f"settings.{key}")
     dense = settings["method"] == DENSE
-    if dense:
+    if dense or settings["calibration"] is None:
         if any(settings[key] is not None for key in ("calibration", "data", "seed")):
-            raise ValueError("settings.calibration, data and seed of dense must be null")
+            raise ValueError("settings.calibration, data and seed must be null together, and are for dense")
     else:
         check_text(settings["calibration"], "settings.calibration")
         check_text(settings["data"], "settings.data")
         check_whole(settings["seed"], "settings.seed")
         check_object(result["calibration"], "calibration")
-    for key in ("tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window"):
+    for key in ("tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window", "questions"):
         check_whole(settings[key], f"settings.{key}", least=1)
+    if type(settings["fresh"]) is not bool:
+        raise ValueError(f"settings.fresh must be true or false, got {settings['fresh']!r}")
+    check_object(settings["changes"], "settings.changes")
     text = check_object(settings["text"], "settings.text")
     check_object(result["environment"], "environment")
     for key in ("steps", "tokens_used", "peak_memory"):
         check_whole(result[key], key)
-    for key in ("seconds", "evaluation_seconds"):
+    for key in ("seconds", "cpu_seconds", "evaluation_seconds"):
         check_number(result[key], key, least=0)
     asked = check_list(settings["levels"], "settings.levels", longest=100)
     levels = check_list(result["levels"], "levels", longest=100)
@@ -139,7 +145,12 @@ def check_cell(result: Mapping[str, Any]) -> None:
 
 def _check_level(value: Any, place: str, *, domains: set[str]) -> float:
     level = check_object(value, place)
-    _check_keys(level, {"sparsity", "removed", "parameters", "perplexity", "geometric_mean"}, place)
+    keys = {"sparsity", "removed", "parameters", "perplexity", "geometric_mean"}
+    _check_keys(level, {*keys, "accuracy", "prefill", "prefill_ratio"}, place)
+    if level["accuracy"] is not None:
+        check_number(level["accuracy"], f"{place}.accuracy", least=0, most=1)
+    for key in ("prefill", "prefill_ratio"):
+        check_number(level[key], f"{place}.{key}", least=0)
     check_number(level["removed"], f"{place}.removed", least=0, most=1)
     check_whole(level["parameters"], f"{place}.parameters", least=1)
     perplexity = check_object(level["perplexity"], f"{place}.perplexity")
@@ -180,7 +191,7 @@ def write_report(folder: Path) -> str:
     for model in dict.fromkeys(cell["settings"]["model"] for cell in cells):
         own = [cell for cell in cells if cell["settings"]["model"] == model]
         parts += [f"## {model}", perplexity_table(own), cost_table(own)]
-        for name in dict.fromkeys(cell["settings"]["calibration"] for cell in own if _is_pruned(cell)):
+        for name in _data_of(own):
             picture = f"{slug(model)}-{slug(name)}.png"
             draw(own, name, folder / picture)
             parts.append(f"![{model}, calibrated on {name}]({picture})")
@@ -192,14 +203,16 @@ def write_report(folder: Path) -> str:
 def describe(cells: Sequence[Mapping[str, Any]]) -> str:
     """The settings that all cells share, in words."""
     settings = cells[0]["settings"]
-    data = {cell["settings"]["calibration"]: cell["settings"]["data"] for cell in cells if _is_pruned(cell)}
     lines = [
         f"Perplexity on {settings['evaluation_tokens']:,} held-out tokens of each domain, windows of "
         f"{settings['window']}; {settings['dtype']}. Rows are sorted by the geometric mean over the domains, which "
         "stands first.",
-        f"Calibration: {settings['tokens']:,} tokens in blocks of {settings['block_size']}, the same for every method "
-        f"and in every step; at most {settings['num_steps']} steps.",
-        *(f"Calibration set {name}: {meaning}." for name, meaning in data.items()),
+        f"Calibration: {settings['tokens']:,} tokens a step in blocks of {settings['block_size']}, the same for every "
+        f"method, {'others' if settings['fresh'] else 'the same'} in each step; at most {settings['num_steps']} steps.",
+        *(f"{name}: {written}." for name, written in _changes_of(cells).items()),
+        *(f"Calibration set {name}: {meaning}." for name, meaning in _data_of(cells).items()),
+        f"Accuracy: {settings['questions']} questions with four choices, how a held-out Wikipedia passage goes on. "
+        "Prefill: tokens per second of one prompt, beside the unpruned model in the same process.",
         f"Text: {', '.join(f'{domain} from {source}' for domain, source in settings['text'].items())}.",
     ]
     if any(len(group) > 1 for group in _by_row(cells).values()):
@@ -223,10 +236,16 @@ def perplexity_table(cells: Sequence[Mapping[str, Any]]) -> str:
                 "geometric_mean": _spread([entry["geometric_mean"] for entry in levels]),
                 "order": (level["sparsity"], math.inf if mean is None else mean),
             }
-            rows.append(row | {d: _spread([entry["perplexity"][d] for entry in levels]) for d in domains})
+            row |= {d: _spread([entry["perplexity"][d] for entry in levels]) for d in domains}
+            accuracy = _mean([entry["accuracy"] for entry in levels])
+            ratio = _mean([entry["prefill_ratio"] for entry in levels])
+            row["accuracy"] = None if accuracy is None else f"{accuracy:.3f}"
+            row["prefill"] = f"{_mean([entry['prefill'] for entry in levels]):,.0f} (x{ratio:.2f})"
+            rows.append(row)
     columns = {
         **{"sparsity": "sparsity", "method": "method", "calibration": "calibrated on"},
-        **{"geometric_mean": "geometric mean", **{domain: domain for domain in domains}, "seeds": "seeds"},
+        **{"geometric_mean": "geometric mean", **{domain: domain for domain in domains}, "accuracy": "accuracy"},
+        **{"prefill": "prefill, tokens/s (x dense)", "seeds": "seeds"},
     }
     return format_table(sorted(rows, key=lambda row: row["order"]), columns)
 
@@ -242,15 +261,19 @@ def cost_table(cells: Sequence[Mapping[str, Any]]) -> str:
                 "steps": own[0]["steps"],
                 "tokens": own[0]["tokens_used"],
                 "seconds": _mean([cell["seconds"] for cell in own]),
+                "cpu_seconds": _mean([cell["cpu_seconds"] for cell in own]),
                 "peak": _mean([cell["peak_memory"] / 1e6 for cell in own]),
                 "cells": len(own),
             }
         )
     columns = {
         **{"method": "method", "steps": "steps", "tokens": "tokens seen", "seconds": "pruning, s"},
+        **{"cpu_seconds": "pruning, CPU s"},
         **{"peak": "peak memory, MB", "cells": "runs"},
     }
-    return format_table(rows, columns, formats={"seconds": ",.0f", "peak": ",.0f"}) if rows else ""
+    return (
+        format_table(rows, columns, formats={"seconds": ",.0f", "cpu_seconds": ",.0f", "peak": ",.0f"}) if rows else ""
+    )
 
 
 def draw(cells: Sequence[Mapping[str, Any]], calibration: str, path: Path) -> None:
@@ -263,7 +286,7 @@ def draw(cells: Sequence[Mapping[str, Any]], calibration: str, path: Path) -> No
             points += [] if mean is None else [(level["sparsity"], mean)]
         if method == DENSE and points:
             baselines[DENSE] = points[0][1]
-        elif name == calibration and points:
+        elif name in (calibration, None) and points:
             series[method] = points
     if series:  # all of them may have overflowed
         plot_perplexity(series, path, baselines=baselines)
@@ -276,6 +299,22 @@ def slug(name: str) -> str:
 
 def _is_pruned(cell: Mapping[str, Any]) -> bool:
     return cell["settings"]["method"] != DENSE
+
+
+def _data_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Name of a calibration set -> its domains and shares."""
+    settings = [cell["settings"] for cell in cells]
+    return {own["calibration"]: own["data"] for own in settings if own["calibration"] is not None}
+
+
+def _changes_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Variant -> what it changes."""
+    changed = {cell["settings"]["method"]: cell["settings"]["changes"] for cell in cells}
+    return {
+        name: ", ".join(f"{key} {value}" for key, value in changes.items())
+        for name, changes in changed.items()
+        if changes
+    }
 
 
 def _by_row(cells: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str | None], list[Mapping[str, Any]]]:

@@ -14,7 +14,7 @@ from gisp_hf.models.layout import Layout
 from gisp_hf.models.shards import add_over_ranks, all_ranks, shard_group
 from gisp_hf.models.surgery import slice_structures, zero_structures
 from gisp_hf.pruning.methods import find_method
-from gisp_hf.pruning.normalization import normalizer
+from gisp_hf.pruning.normalization import normalizer, standardize
 from gisp_hf.pruning.selection import (
     check_reachable,
     fractions_of_block,
@@ -81,6 +81,7 @@ class Engine:
         # Per block, which structures the model has lost. Fewer than are in the order, where counts are rounded up.
         self.gone = [torch.zeros(block.size, dtype=torch.bool) for block in layout.blocks]
         self.scores: list[torch.Tensor | None] = [None] * len(layout.blocks)
+        self.ranking = self.scores  # what structures are compared by
         self.passes = self._split(layer_passes)
 
     def _split(self, count: int) -> list[list[int]]:
@@ -141,7 +142,16 @@ class Engine:
             )
         for number, score in zip(numbers, scores):
             score = score / normalizer(self.layout.blocks[number], self.config.normalization)
-            self.scores[number] = self._in_place(score, number)
+            self.scores[number] = self._average(self._in_place(score, number), self.scores[number])
+        if layer_pass == len(self.passes) - 1:
+            # Once a step: a level on the way to the step's target must not change the scale.
+            standardized = self.config.normalization == "standardized"
+            self.ranking = standardize(self.layout, self.scores, self.order) if standardized else self.scores
+
+    def _average(self, score: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """The moving average of a block's scores; the first step's score begins it."""
+        momentum = self.config.score_momentum
+        return score if before is None or not momentum else torch.lerp(score, before.to(score.device), momentum)
 
     def _over_ranks(self, sums: Sums) -> Sums:
         """The sums of all processes. Every process finds out alike that one of them is not finite."""
@@ -178,7 +188,7 @@ class Engine:
         Returns:
             kind -> structures that went.
         """
-        scores = self.scores
+        scores = self.ranking
         if self.method.scope == "layer":
             scores = fractions_of_block(self.layout, scores, self.order)
         chosen = select(
@@ -194,9 +204,23 @@ class Engine:
             self.length += 1
         return self._operate()
 
-    def restore(self, order: Sequence[torch.Tensor]) -> None:
-        """Takes over a removal order made earlier, and removes from the unpruned model what it says is gone."""
+    def averages(self) -> dict[str, torch.Tensor]:
+        """Block -> moving average of its scores, which a run that goes on needs; empty without `score_momentum`."""
+        if not self.config.score_momentum:
+            return {}
+        pairs = zip(self.layout.blocks, self.scores)
+        return {block.name: score.float().cpu() for block, score in pairs if score is not None}
+
+    def restore(self, order: Sequence[torch.Tensor], averages: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Takes over a removal order made earlier, and removes from the unpruned model what it says is gone.
+
+        Args:
+            averages: as `averages` gave them.
+        """
         assert self.length == 0
+        if self.criterion.needs != "weights":  # scores of weights never change: they are made anew
+            self.scores = [(averages or {}).get(block.name) for block in self.layout.blocks]
+        self.ranking = self.scores
         self.order = [positions.clone() for positions in order]
         self.length = sum(int((positions >= 0).sum()) for positions in order)
         self._operate()

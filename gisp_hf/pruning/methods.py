@@ -21,7 +21,7 @@ class Method:
     Attributes:
         criterion: makes the criterion of a run.
         scope: ``model`` ranks all structures in one list; ``layer`` takes the same fraction from every block.
-        normalization, num_steps: what `GISPConfig` uses where its own fields are None.
+        normalization, num_steps, score_momentum: what `GISPConfig` uses where its own fields are None.
         description: one line for tables and help.
     """
 
@@ -29,6 +29,7 @@ class Method:
     scope: Literal["model", "layer"] = "model"
     normalization: str = "params"
     num_steps: int = 80
+    score_momentum: float = 0.0
     description: str = ""
 
 

@@ -30,6 +30,7 @@ from gisp_hf.training.mode import CalibrationMode
 from gisp_hf.training.resume import (
     Progress,
     checkpoint_folder,
+    load_averages,
     load_progress,
     save_checkpoint,
     save_progress,
@@ -310,7 +311,7 @@ class PruningCallback(TrainerCallback):
         for stage in self.stages:
             stage.begin(run)
         if before is not None:
-            self._restore(before, model)
+            self._restore(before, args, state, model)
         if state.is_world_process_zero:
             _warn_of_slow_dtype(model)
         mode.switch_off_dropout()
@@ -408,12 +409,13 @@ class PruningCallback(TrainerCallback):
             progress = self._progress(args, state)
             if sharded:  # before the Trainer's own files: a complete checkpoint always has the order
                 folder = checkpoint_folder(str(args.output_dir), state.global_step)
-                save_progress(folder, self.trajectory, progress)
+                save_progress(folder, self.trajectory, progress, self.engine.averages())
             else:
                 save_checkpoint(
                     str(args.output_dir),
                     trajectory=self.trajectory,
                     progress=progress,
+                    averages=self.engine.averages(),
                     state=state,
                     limit=args.save_total_limit,
                 )
@@ -447,9 +449,12 @@ class PruningCallback(TrainerCallback):
                 )
         return before
 
-    def _restore(self, before: Trajectory, model: PreTrainedModel) -> None:
+    def _restore(
+        self, before: Trajectory, args: TrainingArguments, state: TrainerState, model: PreTrainedModel
+    ) -> None:
         self._steps = list(before.steps)
-        self.engine.restore(before.order)
+        folder = checkpoint_folder(str(args.output_dir), state.global_step)
+        self.engine.restore(before.order, load_averages(folder, before))
         for sparsity in self.config.sparsity_levels:
             if before.highest_sparsity() >= sparsity - 1e-9:
                 folder = self._level_folder(sparsity)

@@ -13,19 +13,23 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
-from gisp_hf.atomic import replace_folder, unique_beside, write_text_atomic
+from gisp_hf.atomic import replace_folder, replacement, unique_beside, write_text_atomic
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 from gisp_hf.untrusted import check_progress, read_json
 
 PROGRESS_FILE = "gisp.json"
+AVERAGES_FILE = "scores.safetensors"  # block -> moving average of its scores, where there is one
 STATE_FILE = "trainer_state.json"  # the Trainer's name for it
 
 # Sizes that are no numbers: the strict configs of all families refuse them, and quote them.
@@ -54,7 +58,13 @@ def checkpoint_folder(output_dir: str | Path, global_step: int) -> Path:
 
 
 def save_checkpoint(
-    output_dir: str | Path, *, trajectory: Trajectory, progress: Progress, state: TrainerState, limit: int | None
+    output_dir: str | Path,
+    *,
+    trajectory: Trajectory,
+    progress: Progress,
+    averages: Mapping[str, torch.Tensor],
+    state: TrainerState,
+    limit: int | None,
 ) -> None:
     """Writes a whole checkpoint or none, and removes the oldest ones beyond ``limit``.
 
@@ -65,7 +75,7 @@ def save_checkpoint(
     temporary = unique_beside(folder)
     temporary.mkdir(parents=True)
     try:
-        save_progress(temporary, trajectory, progress)
+        save_progress(temporary, trajectory, progress, averages)
         note = {"format": "pt", "note": "weights are those of the base model; see trajectory.json"}
         save_file({}, temporary / SAFE_WEIGHTS_NAME, metadata=note)
         (temporary / CONFIG_NAME).write_text(json.dumps(_NO_MODEL, indent=1) + "\n", encoding="utf-8")
@@ -77,9 +87,14 @@ def save_checkpoint(
     rotate_checkpoints(output_dir=str(output_dir), save_total_limit=limit, use_mtime=True)
 
 
-def save_progress(folder: Path, trajectory: Trajectory, progress: Progress) -> None:
-    """Writes the order so far into a checkpoint."""
+def save_progress(
+    folder: Path, trajectory: Trajectory, progress: Progress, averages: Mapping[str, torch.Tensor]
+) -> None:
+    """Writes the order so far, and the averages that go on from there, into a checkpoint."""
     trajectory.save(folder)
+    if averages:
+        with replacement(folder / AVERAGES_FILE) as file:
+            save_file({name: average.contiguous() for name, average in averages.items()}, file)
     write_text_atomic(folder / PROGRESS_FILE, json.dumps(asdict(progress), indent=1, sort_keys=True) + "\n")
 
 
@@ -133,6 +148,7 @@ def _fault_of(folder: Path) -> str | None:
             return f"it lacks {name}"
     try:
         progress, trajectory = _read(folder)
+        load_averages(folder, trajectory)
         read_json(folder / STATE_FILE)
     except (TypeError, ValueError, OSError) as error:
         return str(error)
@@ -183,3 +199,25 @@ def load_progress(folder: Path, expected: Progress) -> Trajectory:
                 "processes is as before"
             )
     return trajectory
+
+
+def load_averages(folder: Path, trajectory: Trajectory) -> dict[str, torch.Tensor]:
+    """Block -> moving average of its scores, float32 of shape ``(block.size,)``; empty for a run without one.
+
+    Raises:
+        ValueError: if they are missing or damaged.
+    """
+    if not trajectory.config.score_momentum:
+        return {}
+    path = folder / AVERAGES_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} lacks {path.name}, and the run has a score_momentum. Resume from an earlier one")
+    try:
+        averages = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}. Resume from an earlier checkpoint") from error
+    sizes = {block.name: block.size for block in trajectory.layout.blocks}
+    for name, average in averages.items():
+        if tuple(average.shape) != (sizes.get(name),) or not average.isfinite().all():
+            raise ValueError(f"{path} is damaged: {name} is no average of scores. Resume from an earlier checkpoint")
+    return averages
