@@ -46,6 +46,15 @@ def handler_of(callback: TrainerCallback) -> CallbackHandler | None:
     return None
 
 
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The key/value cache as an argument of the model's forward pass, by the name that this transformers has for it.
+
+    transformers 5.23: ``past_key_values``; later ``cache``, where the old name warns.
+    """
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    return {name: cache}
+
+
 def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:
     """Calls ``hook`` with every request of huggingface_hub before it is sent; adding it twice changes nothing.
 

@@ -28,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -272,18 +273,21 @@ def compare(comparison: Comparison, folder: Path, *, run: Callable[[Cell], None]
     waiting = [cell for cell in cells if not is_done(folder / cell.file, comparison.settings(cell))]
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them done before", flush=True)
 
+    failed = Event()
+
     def run_one(number: int, cell: Cell) -> None:
+        if failed.is_set():
+            return
         print(f"\n{number}/{len(waiting)}: {cell.file}", flush=True)
-        run(cell)
+        try:
+            run(cell)
+        except BaseException:  # Ctrl-C too
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(jobs) as pool:
-        running = [pool.submit(run_one, number, cell) for number, cell in enumerate(waiting, start=1)]
-        try:
-            for future in running:
-                future.result()
-        except BaseException:  # Ctrl-C too
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in [pool.submit(run_one, number, cell) for number, cell in enumerate(waiting, start=1)]:
+            future.result()
     return write_report(folder)
 
 

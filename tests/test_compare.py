@@ -32,6 +32,9 @@ SMALL = {
     "num_steps": 3,
     "evaluation_tokens": 256,
     "window": 64,
+    "questions": 4,
+    "fresh": False,
+    "leading": None,
     "fast": {"seeds": [0], "levels": [0.3]},
 }
 
@@ -47,7 +50,7 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     bounds = {"wikipedia": (4, 40), "news": (20, 60), "code": (40, 64)}
-    texts = {name: [words(seed, *bounds[name]) for seed in range(8)] for name in bounds}
+    texts = {name: [words(seed, *bounds[name]) for seed in range(16)] for name in bounds}
     for name in bounds:
         monkeypatch.setitem(demo_data.DOMAINS, name, lambda name=name: texts[name])
     tiny_model().save_pretrained("model")
@@ -88,15 +91,16 @@ def result(*, method: str = "gisp", seed: int | None = 0, factor: float = 1.0) -
         found = {"wikipedia": 10 * factor + 100 * level, "news": 20 * factor, "code": 40 * factor}
         mean = math.prod(found.values()) ** (1 / 3)
         levels.append({"sparsity": level, "removed": level, "parameters": 1000, "perplexity": found})
-        levels[-1]["geometric_mean"] = mean
+        levels[-1] |= {"geometric_mean": mean, "accuracy": 0.5, "prefill": 1000.0 * factor, "prefill_ratio": factor}
     return {
-        "format": 1,
+        "format": 2,
         "settings": setup.settings(cell),
         "environment": {"python": "3.11"},
         "calibration": None if dense else {"tokens": 192},
         "steps": 0 if dense else 3,
         "tokens_used": 0 if dense else 576,
         "seconds": 0.0 if dense else 2.0,
+        "cpu_seconds": 0.0 if dense else 1.0,
         "evaluation_seconds": 1.0,
         "peak_memory": 10**9,
         "levels": levels,
@@ -115,8 +119,7 @@ def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> 
         "out/model/dense.json",
         "out/model/gisp-mixture-seed3.json",
         "out/model/gisp-wikipedia-seed3.json",
-        "out/model/magnitude-mixture-seed3.json",
-        "out/model/magnitude-wikipedia-seed3.json",
+        "out/model/magnitude.json",
     ]
     cells = {path.stem: read_cell(path) for path in Path("out/model").glob("*.json")}
     dense = cells["dense"]["levels"][0]
@@ -127,15 +130,13 @@ def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> 
     assert dense["geometric_mean"] == pytest.approx(expected)
     assert dense["parameters"] == sum(parameter.numel() for parameter in tiny_model().parameters())
 
-    gisp, magnitude = cells["gisp-mixture-seed3"], cells["magnitude-mixture-seed3"]
+    gisp, magnitude = cells["gisp-mixture-seed3"], cells["magnitude"]
     assert (gisp["steps"], gisp["tokens_used"]) == (3, 576)
     assert (magnitude["steps"], magnitude["tokens_used"]) == (1, 0)  # a method keeps its steps, and may read no data
-    assert gisp["calibration"] == magnitude["calibration"]  # the same tokens
+    assert magnitude["calibration"] is None
     assert [part["tokens"] for part in gisp["calibration"]["parts"]] == [64, 64, 64]
     assert cells["gisp-wikipedia-seed3"]["calibration"]["tokens"] == 192
     assert cells["gisp-wikipedia-seed3"]["calibration"]["sha256"] != gisp["calibration"]["sha256"]
-    # reads no data, so that the set changes nothing
-    assert cells["magnitude-wikipedia-seed3"]["levels"] == magnitude["levels"]
     for cell in (gisp, magnitude):
         assert [level["sparsity"] for level in cell["levels"]] == [0.2, 0.4]
         for level in cell["levels"]:
@@ -163,7 +164,7 @@ def test_a_second_run_prunes_nothing(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on() -> None:
-    setup = comparison(methods=["magnitude", "random"], seeds=[0])
+    setup = comparison(methods=["magnitude", "wanda-sp"], seeds=[0])
     killed, rest = Runs(setup, last=3), Runs(setup)
     with pytest.raises(KeyboardInterrupt):
         compare.compare(setup, Path("out"), run=killed)
@@ -173,7 +174,7 @@ def test_a_killed_comparison_goes_on() -> None:
     left.mkdir(parents=True)  # as a kill leaves it
     (left / "config.json").touch()
     compare.compare(setup, Path("out"), run=rest)
-    assert killed.cells + rest.cells == setup.cells() and len(rest.cells) == 2
+    assert killed.cells + rest.cells == setup.cells() and len(rest.cells) == 1
     assert all(path.read_bytes() == content for path, content in kept.items())
     assert not left.parents[1].exists()
 
@@ -211,8 +212,8 @@ def test_a_method_of_one_file_from_outside_appears_in_the_table(here, monkeypatc
         report = compare.compare(setup, Path("out"), run=Runs(setup))
     finally:
         METHODS.pop("biggest-first", None)
-    assert len([line for line in report.splitlines() if "| biggest-first" in line]) == 3  # two sets, and the cost
-    own, other = (read_cell(Path(f"out/model/{name}-mixture-seed0.json")) for name in ("biggest-first", "magnitude"))
+    assert len([line for line in report.splitlines() if "| biggest-first" in line]) == 2  # quality and cost
+    own, other = (read_cell(Path(f"out/model/{name}.json")) for name in ("biggest-first", "magnitude"))
     assert own["levels"] != other["levels"]
     assert write_report(Path("out")) == report  # and the files alone need no method
 
@@ -222,20 +223,20 @@ def test_the_command_runs_each_cell_in_its_own_process(here, capfd, monkeypatch)
     """With the real texts, as a new process reads them; the fast section of the settings."""
     root = Path(compare.__file__).parents[1]
     monkeypatch.setenv("PYTHONPATH", str(root))
-    path = config(methods=["random"], calibrations={"mixture": "news:1/2,code:1/2"}, evaluation_tokens=512)
+    path = config(methods=["wanda-sp"], calibrations={"mixture": "news:1/2,code:1/2"}, evaluation_tokens=512)
     command = [str(path), "--fast", "--dtype", "float32", "--output-dir", "out"]
     main(command)
     said = capfd.readouterr().out
     assert "2 cells, 0 of them done before" in said and "1/2: model/dense.json" in said
     cells = read_cells(Path("out"))
-    assert [cell["settings"]["method"] for cell in cells] == ["dense", "random"]
+    assert [cell["settings"]["method"] for cell in cells] == ["dense", "wanda-sp"]
     assert cells[1]["settings"]["levels"] == [0.3] and cells[1]["levels"][0]["sparsity"] == 0.3
     main(command)
     assert "2 cells, 2 of them done before" in capfd.readouterr().out
     main([*command, "--report"])
     assert Path("out/results.md").read_text() in capfd.readouterr().out
     (here / "model" / "config.json").write_text("{}")
-    with pytest.raises(RuntimeError, match="model/random-mixture-seed1.json failed with exit code 1"):
+    with pytest.raises(RuntimeError, match="model/wanda-sp-mixture-seed1.json failed with exit code 1"):
         main([*command, "--seeds", "1"])
 
 
@@ -246,11 +247,48 @@ def test_the_default_settings_are_those_that_the_page_describes() -> None:
     path = Path(compare.__file__).parent / "compare.yaml"
     full = read_config(path, changes={"dtype": "float32"})
     assert full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2) and full.methods == tuple(METHODS)
-    assert full.calibrations == {"wikipedia": "wikipedia", "mixture": "wikipedia:1/3,news:1/3,code:1/3"}
+    assert full.calibrations == {"mixture": "wikipedia:1/3,news:1/3,code:1/3", "wikipedia": "wikipedia"}
     assert full.models == ("smollm2",) and full.evaluation_tokens == 8192
     fast = read_config(path, fast=True, changes={"dtype": "float32"})
     assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
-    assert len(full.cells()) == 1 + 3 * 2 * len(METHODS)
+    data = [name for name in METHODS if full.reads_data(name)]
+    assert full.leading is not None and set(full.leading) < set(data)
+    assert len(full.cells()) == 1 + (len(METHODS) - len(data)) + 2 * len(data) + 2 * len(full.leading)
+
+
+def test_variants_are_methods_with_other_settings() -> None:
+    setup = comparison(
+        methods=["gisp", "slow"], variants={"slow": {"method": "wanda-sp", "num_steps": 7, "tokens": 32, "fresh": True}}
+    )
+    own, slow = setup.variant("gisp"), setup.variant("slow")
+    assert (own.config.method, own.config.num_steps, own.tokens, own.fresh) == ("gisp", 3, 192, False)
+    assert (slow.config.method, slow.config.num_steps, slow.tokens, slow.fresh) == ("wanda-sp", 7, 32, True)
+    assert setup.settings(Cell("model", "slow", "mixture", 0))["changes"]["num_steps"] == 7
+    assert setup.settings(Cell("model", "gisp", "mixture", 0))["changes"] == {}
+
+
+@pytest.mark.slow
+def test_fresh_steps_see_the_next_part_each() -> None:
+    setup = comparison(
+        methods=["parts"],
+        variants={"parts": {"method": "wanda-sp", "num_steps": 2, "tokens": 48, "fresh": True}},
+        calibrations={"news": "news"},
+        seeds=[0],
+    )
+    compare.compare(setup, Path("out"), run=Runs(setup))
+    cell = read_cell(Path("out/model/parts-news-seed0.json"))
+    assert cell["calibration"]["tokens"] == cell["tokens_used"] == 96 and cell["steps"] == 2
+    assert "parts: method wanda-sp, num_steps 2, tokens 48, fresh True." in Path("out/results.md").read_text()
+
+
+def test_leading_methods_have_all_seeds_on_the_first_set() -> None:
+    setup = comparison(leading=["gisp"], methods=["gisp", "wanda-sp", "random"], seeds=[0, 1, 2])
+    names = [(cell.method, cell.calibration, cell.seed) for cell in setup.cells()]
+    assert names == [
+        *[("dense", None, None), ("random", None, None)],
+        *[("gisp", "wikipedia", 0), ("wanda-sp", "wikipedia", 0), ("gisp", "mixture", 0), ("wanda-sp", "mixture", 0)],
+        *[("gisp", "wikipedia", 1), ("gisp", "wikipedia", 2)],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,9 +299,15 @@ def test_the_default_settings_are_those_that_the_page_describes() -> None:
         ({"levels": [0.2, 20]}, r"sparsity levels must lie in \(0, 1\), got 20"),
         ({"seeds": [-1]}, "seeds must be whole numbers of at least 0, got -1"),
         ({"seeds": []}, "seeds is empty: give at least one"),
+        ({"leading": ["wandb"]}, "method must be one of gisp, .*got 'wandb'"),
+        ({"leading": "gisp"}, r"leading must be a list, got 'gisp'; write \[gisp\]"),
+        ({"fresh": 1}, "fresh must be true or false, got 1"),
+        ({"questions": 0}, "questions must be a whole number of at least 1, got 0"),
+        ({"variants": ["a"]}, r"variants must map names to settings, got \['a'\]"),
+        ({"methods": ["a"], "variants": {"a": {"score_momentum": 1}}}, r"score_momentum must be a number in \[0, 1\)"),
         ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         ({"evaluation_tokens": 1000}, "evaluation_tokens must be a multiple of 256, got 1000"),
-        ({"tokens": 100}, r"tokens \(100\) must be a multiple of block_size \(16\)"),
+        ({"tokens": 100}, r"gisp: tokens \(100\) must be a multiple of block_size \(16\)"),
         ({"window": 100}, "window must divide 256, the length of connected text, got 100"),
         ({"methods": "gisp"}, r"methods must be a list, got 'gisp'; write \[gisp\]"),
         ({"calibrations": ["news"]}, r"calibrations must map names to domains, got \['news'\]"),
@@ -294,7 +338,7 @@ def test_tables_and_plots_come_from_the_files_alone(here, monkeypatch) -> None:
     assert (here / "out" / "model-mixture.png").stat().st_size > 10_000 and "(model-mixture.png)" in report
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if line.startswith("| ")]
     assert rows[0][:4] == ["sparsity", "method", "calibrated on", "geometric mean"]
-    assert rows[2] == ["0%", "dense", "-", "20.00", "10.00", "20.00", "40.00", "1"]
+    assert rows[2] == ["0%", "dense", "-", "20.00", "10.00", "20.00", "40.00", "0.500", "1,000 (x1.00)", "1"]
     assert [row[:3] for row in rows[3:7]] == [
         ["20%", "magnitude", "mixture"],  # the best first
         ["20%", "gisp", "mixture"],
@@ -303,8 +347,11 @@ def test_tables_and_plots_come_from_the_files_alone(here, monkeypatch) -> None:
     ]
     means = [(40 * 40 * 80) ** (1 / 3), (60 * 80 * 160) ** (1 / 3)]
     assert rows[4][3] == f"{statistics.fmean(means):.2f} ± {statistics.stdev(means):.2f}"
-    assert rows[4][4:] == ["50.00 ± 14.14", "60.00 ± 28.28", "120.00 ± 56.57", "2"]
-    assert rows[-2:] == [["gisp", "3", "576", "2", "1,000", "2"], ["magnitude", "3", "576", "2", "1,000", "1"]]
+    assert rows[4][4:] == ["50.00 ± 14.14", "60.00 ± 28.28", "120.00 ± 56.57", "0.500", "3,000 (x3.00)", "2"]
+    assert rows[-2:] == [
+        ["gisp", "3", "576", "2", "1", "1,000", "2"],
+        ["magnitude", "3", "576", "2", "1", "1,000", "1"],
+    ]
     assert "Mean ± standard deviation over seeds." in report
     assert "Calibration set mixture: wikipedia:1/3,news:1/3,code:1/3." in report
 
@@ -328,7 +375,7 @@ def test_a_perplexity_that_overflowed_is_shown_as_none() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format=2), "format must be 1, got 2"),
+        (lambda r: r.update(format=1), "format must be 2, got 1"),
         (lambda r: r.pop("seconds"), r"missing \['seconds'\]"),
         (lambda r: r["settings"].update(extra=1), r"unknown \['extra'\]"),
         (lambda r: r["settings"].update(seed=None), "settings.seed must be a whole number"),
@@ -336,6 +383,9 @@ def test_a_perplexity_that_overflowed_is_shown_as_none() -> None:
         (lambda r: r["levels"][0]["perplexity"].pop("news"), r"perplexity must have the keys .*missing \['news'\]"),
         (lambda r: r["levels"][0]["perplexity"].update(news=0.5), "perplexity.news must be a number"),
         (lambda r: r["levels"][0].update(geometric_mean=21.0), "geometric_mean must be .*, that of the perplexities"),
+        (lambda r: r["levels"][0].update(accuracy=50), "accuracy must be a number"),
+        (lambda r: r["levels"][0].update(prefill_ratio=-1), "prefill_ratio must be a number"),
+        (lambda r: r["settings"].update(calibration=None), "calibration, data and seed must be null together"),
         (lambda r: r.update(peak_memory=-1), "peak_memory must be a whole number"),
     ],
 )

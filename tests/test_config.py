@@ -10,6 +10,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.num_steps, config.schedule, config.normalization, config.prune) == (80, "linear", "params", "both")
     assert (config.protect_first, config.protect_last) == (0.1, 1)
     assert (config.minimum_kept, config.channel_multiple, config.method) == ({}, 1, "gisp")
+    assert config.score_momentum == 0
     assert config.minimum_of("attention") == config.minimum_of("mlp") == 1
 
 
@@ -25,7 +26,9 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
         ({"num_steps": 2.5}, "num_steps"),
         ({"schedule": "quadratic"}, "schedule must be one of linear, cosine, exponential, got 'quadratic'"),
-        ({"normalization": "l2"}, "normalization must be one of params, reference, none"),
+        ({"normalization": "l2"}, "normalization must be one of params, root, reference, standardized, none"),
+        ({"score_momentum": 1.0}, r"score_momentum must be a number in \[0, 1\), got 1.0"),
+        ({"score_momentum": True}, "score_momentum must be a number"),
         ({"prune": "layers"}, "prune must be one of both, heads, channels"),
         ({"protect_first": -1}, "protect_first"),
         ({"protect_last": 1.5}, "protect_last"),

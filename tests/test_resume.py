@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 import gisp_hf
-from gisp_hf import GISPPruner
+from gisp_hf import GISPPruner, Trajectory
 from gisp_hf.training import resume
 from tests.runs import LEVELS, make_trainer, tiny_config
 from tests.tiny import FAMILIES, tiny_blocks, tiny_model, tiny_tokenizer
@@ -35,11 +36,21 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Stop(TrainerCallback):
+    """Ends training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 
 
-def start(folder: Path, *, shrink=None, resume=False, **changes):
-    pruner = GISPPruner(tiny_config(num_steps=6), folder / "levels", shrink=shrink)
+def start(folder: Path, *, shrink=None, resume=False, momentum=0.0, **changes):
+    pruner = GISPPruner(tiny_config(num_steps=6, score_momentum=momentum), folder / "levels", shrink=shrink)
     trainer = make_trainer(tiny_model("qwen2"), folder, pruner=pruner, **{**SAVING, **changes})
     return trainer, lambda: trainer.train(resume_from_checkpoint=resume)
 
@@ -144,6 +155,37 @@ def stopped(folder: Path, step: int, **changes) -> None:
     trainer.add_callback(Stop())
     with pytest.raises(KeyboardInterrupt):
         train()
+
+
+def test_a_moving_average_of_scores_goes_on_where_it_was(tmp_path) -> None:
+    start(tmp_path / "whole", momentum=0.8)[1]()
+    trainer, train = start(tmp_path / "cut", momentum=0.8)
+    trainer.add_callback(Stop(3))
+    with pytest.raises(RuntimeError, match="training ended after 3"):
+        train()
+    start(tmp_path / "cut", momentum=0.8, resume=True)[1]()
+    assert outputs(tmp_path / "cut") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "nan"])
+def test_a_damaged_average_is_refused(damage, tmp_path) -> None:
+    trainer, train = start(tmp_path, momentum=0.8)
+    trainer.add_callback(Stop(2))
+    with pytest.raises(RuntimeError, match="training ended after 2"):
+        train()
+    folder = tmp_path / "trainer" / "checkpoint-2"
+    path = folder / resume.AVERAGES_FILE
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        averages = load_file(path)
+        next(iter(averages.values()))[0] = float("nan")
+        save_file(averages, path)
+    assert resume.newest_checkpoint(tmp_path / "trainer").name == "checkpoint-1"
+    with pytest.raises(ValueError, match="lacks scores.safetensors|is damaged"):
+        resume.load_averages(folder, Trajectory.load(folder))
 
 
 def test_checkpoints_hold_the_order_and_no_weights(tmp_path) -> None:

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from gisp_hf.evaluation.mode import evaluation_mode
+from gisp_hf.upstream import cache_argument
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ def _read_clock(device: torch.device) -> float:
 
 def _time_once(model: PreTrainedModel, prompt: torch.Tensor, *, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prompt (B, T), and for ``new_tokens`` greedy steps after it."""
-    cache = DynamicCache(config=model.config)
+    cache = cache_argument(model, DynamicCache(config=model.config))
     start = _read_clock(model.device)
     # as in generate(): only the last position goes through the LM head
-    logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(input_ids=prompt, **cache, use_cache=True, logits_to_keep=1).logits
     token = logits[:, -1:].argmax(-1).to(prompt.device)  # (B, 1)
     prefilled = _read_clock(model.device)
     for _ in range(new_tokens):  # explicit steps: an end-of-text token must not shorten the run of one model
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, **cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1:].argmax(-1).to(prompt.device)
     return prefilled - start, _read_clock(model.device) - prefilled
 
