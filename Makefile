@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 WORKERS ?= 2
 PYTEST  = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: quickstart bench benchmark compare test test-fast lint format clean
+.PHONY: quickstart bench benchmark compare ablations test test-fast lint format clean
 
 quickstart: $(VENV)/.demo          # prune a small model; options: make quickstart ARGS=--one-shot
 	$(BIN)/python -m recipes.quickstart $(ARGS)
@@ -20,6 +20,9 @@ benchmark: $(VENV)/.demo           # time and memory of pruning, beside a plain 
 
 compare: $(VENV)/.demo             # methods on the same tokens, three domains; options: make compare ARGS=--fast
 	$(BIN)/python -m recipes.compare $(ARGS)
+
+ablations: $(VENV)/.demo           # the choices of the method itself, one changed at a time
+	$(BIN)/python -m recipes.compare recipes/ablations.yaml --output-dir recipes/results/ablations $(ARGS)
 
 test: lint
 	$(PYTEST) $(ARGS)

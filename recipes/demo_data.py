@@ -12,7 +12,7 @@ import importlib.util
 import platform
 import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +187,11 @@ def load_domain(name: str) -> Domain:
     return Domain(calibration if name == "wikipedia" else without_shared(calibration, held_out), held_out)
 
 
+def load_domains() -> dict[str, Domain]:
+    """All domains by name."""
+    return {name: load_domain(name) for name in DOMAINS}
+
+
 def describe_domains() -> dict[str, str]:
     """Domain -> the program that its text comes with, and its version: another version may hold another text."""
     gensim = f"gensim {version('gensim')}"
@@ -264,3 +269,18 @@ def held_out_tokens(
     """
     blocks = pack_blocks(texts, tokenizer, length=256, count=count // 256)
     return torch.cat([block["input_ids"] for block in blocks])
+
+
+def mixture_blocks(
+    domains: Mapping[str, Domain], tokenizer: PreTrainedTokenizerBase, *, length: int, count: int, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """``count`` blocks of calibration text as `pack_blocks` gives them, from all domains in turn.
+
+    Raises:
+        ValueError: as `pack_blocks`.
+    """
+    each = -(-count // len(domains))  # rounded up
+    packed = [
+        pack_blocks(domain.calibration, tokenizer, length=length, count=each, seed=seed) for domain in domains.values()
+    ]
+    return [block for blocks in zip(*packed) for block in blocks][:count]

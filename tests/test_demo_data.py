@@ -177,3 +177,14 @@ def test_the_model_reads_english(smollm2, articles) -> None:
     with torch.no_grad():
         loss = model(input_ids=block["input_ids"][None], labels=block["labels"][None]).loss
     assert 2.3 < loss < 4.0  # perplexity near 23 on all of the text, 10-55 on one block
+
+
+def test_a_mixture_takes_blocks_of_all_domains_in_turn() -> None:
+    texts = {
+        name: demo_data.Domain([" ".join(f"w{low + i % 10}" for i in range(100))], [])
+        for name, low in (("a", 10), ("b", 30), ("c", 50))
+    }
+    blocks = demo_data.mixture_blocks(texts, tiny_tokenizer(), length=8, count=5)
+    owners = ["abc"[int(block["input_ids"].max()) // 10 // 2] for block in blocks]
+    assert owners == ["a", "b", "c", "a", "b"]
+    assert all(block["input_ids"].shape == (8,) for block in blocks)

@@ -11,13 +11,15 @@ from gisp_hf import GISPConfig
 from gisp_hf.cli.main import main as gisp_hf
 from gisp_hf.evaluation import perplexity
 from recipes import benchmark_levels, quickstart
+from recipes.demo_data import Domain
 from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
 
 CONFIG = GISPConfig(num_steps=4, protect_first=1, sparsity_levels=(0.2, 0.5))
 
 
-def held_out_tokens() -> torch.Tensor:
-    return torch.randint(4, 64, (1024,), generator=torch.Generator().manual_seed(0))
+def held_out_tokens() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randint(4, 64, (512,), generator=generator) for name in ("wikipedia", "news", "code")}
 
 
 @pytest.mark.slow
@@ -52,7 +54,9 @@ def test_quickstart_measures_what_it_says(one_shot, tmp_path, capsys) -> None:
     # the numbers that were measured on the way are those of the checkpoints that lie there
     for row in (mild, strong):
         saved = AutoModelForCausalLM.from_pretrained(folder / row["level"])
-        assert perplexity(saved, held_out_tokens(), window=256) == pytest.approx(row["perplexity"], rel=1e-5)
+        for domain, tokens in held_out_tokens().items():
+            assert perplexity(saved, tokens, window=256) == pytest.approx(row[domain], rel=1e-5)
+        assert row["perplexity"] ** 3 == pytest.approx(row["wikipedia"] * row["news"] * row["code"])
         assert (
             f"{row['level']} after" in captured.out and row["text"].startswith("w5 w6") and row["text"] in captured.out
         )
@@ -90,7 +94,8 @@ def test_the_commands_work_as_their_headers_say(tmp_path, monkeypatch, capsys) -
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
     monkeypatch.setattr(benchmark_levels, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
-    monkeypatch.setattr(quickstart, "load_wikipedia", lambda: [" ".join(f"w{4 + i % 60}" for i in range(2000))] * 8)
+    texts = Domain(*[[" ".join(f"w{4 + i % 60}" for i in range(2000))] * 4] * 2)
+    monkeypatch.setattr(quickstart, "load_domains", lambda: {"wikipedia": texts, "news": texts, "code": texts})
     with pytest.raises(SystemExit):
         benchmark_levels.main([])
     assert "make quickstart" in capsys.readouterr().err
