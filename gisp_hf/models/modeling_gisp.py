@@ -5,7 +5,8 @@ not installed. It therefore imports nothing beyond transformers and what that it
 build layers of the right size.
 
 Each class is the family's own model; only the sizes come from ``config.per_layer_config``, Transformers' own field for
-layers that differ: ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` per layer.
+layers that differ: ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` per layer. With
+``compensation_bias: true`` in the config, every ``o_proj`` and ``down_proj`` has a bias.
 """
 
 from typing import Any
@@ -45,6 +46,13 @@ class PrunedConfigMixin:
                 )
 
 
+def add_compensation_biases(layer: Any) -> None:
+    """Gives a decoder layer the biases that stand for the mean output of removed structures."""
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        if projection.bias is None:
+            projection.bias = nn.Parameter(projection.weight.new_zeros(projection.out_features))
+
+
 class PrunedModelMixin:
     """Rebuilds each decoder layer in the size that ``config.per_layer_config`` gives it."""
 
@@ -63,6 +71,8 @@ class PrunedModelMixin:
         layers: nn.ModuleList = model.model.layers
         for number, layer_config in enumerate(config.per_layer_config):
             layers[number] = type(layers[number])(layer_config, number)
+            if getattr(config, "compensation_bias", False):
+                add_compensation_biases(layers[number])
             # Layers read the attention implementation from their config at every call: give them the one that
             # set_attn_implementation changes, not the copy that knew their size.
             for module in layers[number].modules():
