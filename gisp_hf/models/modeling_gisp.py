@@ -51,8 +51,6 @@ class PrunedConfigMixin:
 class PrunedModelMixin:
     """Rebuilds each decoder layer in the size that ``config.per_layer_config`` gives it."""
 
-    base_class: type[hf.PreTrainedModel] | None = None  # the pruned class of the model without its head
-
     def __init__(self, config, *args, **kwargs):
         overrides = config.to_dict().get("per_layer_config")
         # The family's constructor knows one size for all layers and reads it from the config itself, which a config
@@ -65,9 +63,7 @@ class PrunedModelMixin:
         if overrides is None:
             return
         model: Any = self
-        base = model.base_model
-        base.__class__ = self.base_class or type(base)
-        layers: nn.ModuleList = base.layers
+        layers: nn.ModuleList = model.base_model.layers
         for number, layer_config in enumerate(config.per_layer_config):
             layers[number] = type(layers[number])(layer_config, number)
             # Layers read the attention implementation from their config at every call: give them the one that
@@ -79,20 +75,19 @@ class PrunedModelMixin:
 
 
 def _pruned(config_class: Any, *family_classes: type[hf.PreTrainedModel]) -> list[Any]:
-    """The pruned classes of a family, the base model first, known to the Auto classes and to ``auto_map``."""
-    made: list[Any] = []
+    """The pruned classes of a family, known to the Auto classes and to ``auto_map``."""
+    made = []
     config_class.register_for_auto_class("AutoConfig")
     config_class.auto_classes = {"AutoConfig": f"modeling_gisp.{config_class.__name__}"}
     for family_class in family_classes:
         name = f"Gisp{family_class.__name__}"
-        made.append(
-            type(name, (PrunedModelMixin, family_class), {"__module__": __name__, "config_class": config_class})
-        )
-        made[-1].base_class = made[0]
+        facts = {"__module__": __name__, "config_class": config_class}
+        model_class: Any = type(name, (PrunedModelMixin, family_class), facts)
         auto_class: Any = next(auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending))
-        made[-1].register_for_auto_class(auto_class.__name__)
-        auto_class.register(config_class, made[-1], exist_ok=True)  # a head builds its base model through AutoModel
+        model_class.register_for_auto_class(auto_class.__name__)
+        auto_class.register(config_class, model_class, exist_ok=True)  # classifiers build their base by AutoModel
         config_class.auto_classes[auto_class.__name__] = f"modeling_gisp.{name}"
+        made.append(model_class)
     return made
 
 

@@ -86,7 +86,6 @@ def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int
     """
     family = family_of(model)
     model.__class__ = family.pruned_model
-    model.base_model.__class__ = getattr(family.pruned_model, "base_class", None) or type(model.base_model)
     set_pruned_config(model.config, family, layout=layout, counts=counts)
     return model
 
