@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from gisp_hf import GISPConfig, GISPPruner, Trajectory
 from gisp_hf.levels.info import read_levels
@@ -162,6 +162,17 @@ def test_levels_of_every_family_save_and_load_again(family, tmp_path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again(ids).logits, loaded(ids).logits)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["compensation_bias"] is True
+
+
+def test_a_classifier_keeps_the_biases_of_the_level_below_it(tmp_path) -> None:
+    prune(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.4,), **ONCE))
+    folder = tmp_path / "levels" / "sparsity-0.40"
+    saved = {n: p for n, p in load(tmp_path, 0.4).named_parameters() if n.endswith("bias")}
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    base = AutoModel.from_pretrained(folder)
+    for name, bias in saved.items():
+        assert torch.equal(classifier.get_parameter(name), bias)
+        assert torch.equal(base.get_parameter(name.removeprefix("model.")), bias)
 
 
 def test_a_level_with_biases_can_be_pruned_further(tmp_path) -> None:
