@@ -325,6 +325,16 @@ def test_sums_start_anew_and_fit_the_smaller_model(method) -> None:
         torch.testing.assert_close(scores[keep], other[keep], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", RUNS)
+def test_only_blocks_that_can_lose_structures_are_watched(method) -> None:
+    model = tiny_model()
+    engine = Engine(model, discover(model), tiny_config(method=method, prune="channels", protect_first=2))
+    with engine.watch():
+        hooked = {name for name, module in model.named_modules() if module._forward_pre_hooks}
+    layers = {name.split(".")[2] for name in hooked if name}
+    assert layers == {"2", "3", "4"} and not any("self_attn" in name for name in hooked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("method", RUNS)

@@ -16,18 +16,17 @@ class Owl(ActivationCriterion):
     ``|weight| x norm of its input``, over all weight matrices of the layer together, that exceed ``threshold`` times
     their mean. The ratios are stretched to a range of ``2 x spread``; a layer's share is that of all layers together,
     plus the mean of the stretched ratios, minus its own. Shares therefore differ from each other by at most
-    ``2 x spread``, and their mean is the target.
+    ``2 x spread``, and their mean is the share of all layers together.
 
-    Three differences. Only layers that can lose structures count, and of them only the weights of structures, for
-    q/k/v/o and gate/up/down the same set. A method with several steps measures the ratios in each step, on the model as
-    it is then, since a resumed run knows no other; the code measures the unpruned model, as a method with one step does
-    here. Entries that are zero do not count: structures that are set to zero are gone.
+    Three differences. Only blocks that can lose structures count. A method with several steps measures the ratios in
+    each step, on the model as it is then, since a resumed run knows no other; the code measures the unpruned model, as
+    a method with one step does here. Entries that are zero do not count: structures that are set to zero are gone.
 
     A share below zero takes nothing. Where that happens, at low sparsities, the other layers make up for it.
 
     Args:
-        threshold: ``M`` in the paper, which uses 5 for LLaMA-7B; the code's default is 3.
-        spread: lambda; 0.08 in paper and code.
+        threshold: ``M`` in the paper; 5 in the authors' commands for LLaMA-7B, 3 as default of their code.
+        spread: lambda in the paper; 0.08 in those commands and as default.
     """
 
     def __init__(self, threshold: float = 5.0, spread: float = 0.08) -> None:
