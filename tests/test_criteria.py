@@ -328,7 +328,8 @@ def test_sums_start_anew_and_fit_the_smaller_model(method) -> None:
 @pytest.mark.parametrize("method", RUNS)
 def test_only_blocks_that_can_lose_structures_are_watched(method) -> None:
     model = tiny_model()
-    engine = Engine(model, discover(model), tiny_config(method=method, prune="channels", protect_first=2))
+    config = tiny_config(method=method, prune="channels", protect_first=2, sparsity_levels=(0.1,))
+    engine = Engine(model, discover(model), config)
     with engine.watch():
         hooked = {name for name, module in model.named_modules() if module._forward_pre_hooks}
     layers = {name.split(".")[2] for name in hooked if name}
