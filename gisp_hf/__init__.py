@@ -1,9 +1,9 @@
 """GISP (Global Iterative Structured Pruning, arXiv 2510.18030) for the Hugging Face Trainer.
 
-Importing the package also teaches ``AutoModelForCausalLM.from_pretrained`` the pruned checkpoints that it writes.
+Importing the package also teaches the Auto classes the pruned checkpoints that it writes.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from gisp_hf import deprecated
 from gisp_hf.config import GISPConfig
@@ -19,4 +19,3 @@ deprecated.install()
 
 for _family in FAMILIES:
     AutoConfig.register(_family.pruned_config.model_type, _family.pruned_config)
-    AutoModelForCausalLM.register(_family.pruned_config, _family.pruned_model)

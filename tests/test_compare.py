@@ -326,6 +326,19 @@ def test_an_unknown_calibration_set_is_named() -> None:
         main([str(config()), "--calibrations", "law", "--dtype", "float32"])
 
 
+@pytest.mark.slow
+def test_compensation_is_part_of_what_is_measured() -> None:
+    setup = comparison(methods=["flap", "flap-compensated"], seeds=[0])
+    for method in setup.methods:
+        run_cell(Cell("model", method, "mixture", 0), setup, Path("out"))
+    plain, compensated = (read_cell(path) for path in sorted(Path("out/model").glob("flap*.json"), reverse=True))
+    assert compensated["settings"]["method"] == "flap-compensated" and plain["settings"]["method"] == "flap"
+    for one, other in zip(plain["levels"], compensated["levels"]):
+        assert one["removed"] == other["removed"]
+        assert other["parameters"] - one["parameters"] == 2 * 6 * 32  # a bias of o_proj and down_proj in every layer
+        assert one["perplexity"] != other["perplexity"]
+
+
 # ---- files, tables and plots -----------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,8 @@ from tests.runs import prune, tiny_config
 from tests.test_distributed import launch
 from tests.tiny import tiny_blocks, tiny_model
 
-METHODS = ["wanda-sp", "gisp-activation", "flap", "second-order"]
+METHODS = ["wanda-sp", "gisp-activation", "flap", "second-order", "second-order-tyr"]
+RUNS = [*METHODS, "wanda-sp-owl", "flap-compensated"]  # and methods with more than a criterion
 FAMILIES = ["llama", "llama_mha", "qwen3"]  # groups of two heads, of one, and a head dimension of its own
 
 
@@ -37,10 +38,10 @@ def scored(model, method: str, *batches: torch.Tensor, **inputs) -> tuple[Engine
 
 def projections(model) -> list[tuple[torch.nn.Linear, int]]:
     """Per block, the projection that reads its structures, and the columns of one structure."""
-    config, found = model.config, []
+    found = []
     for layer in model.model.layers:
-        queries = config.num_attention_heads // config.num_key_value_heads
-        found += [(layer.self_attn.o_proj, queries * layer.self_attn.head_dim), (layer.mlp.down_proj, 1)]
+        groups = layer.self_attn.k_proj.out_features // layer.self_attn.head_dim
+        found += [(layer.self_attn.o_proj, layer.self_attn.o_proj.in_features // groups), (layer.mlp.down_proj, 1)]
     return found
 
 
@@ -206,6 +207,27 @@ def test_second_order_equals_the_error_of_a_real_refit(family) -> None:
         torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tyr_adds_the_output_along_the_whole_output(family) -> None:
+    """Token by token on the inputs themselves, damped by extra rows as for the re-fit."""
+    model, ids = tiny_model(family, num_hidden_layers=2), tokens(8)
+    _, found = scored(model, "second-order-tyr", ids[:3], ids[3:])
+    _, second = scored(model, "second-order", ids)
+    for (module, width), x, scores, refit in zip(projections(model), inputs_of(model, ids), found, second):
+        x, weight = x.double(), module.weight.detach().double()
+        damping = 1e-2 * sum(float(x[:, c].square().sum()) for c in range(x.shape[1])) / x.shape[1]
+        rows = torch.cat([x, damping**0.5 * torch.eye(x.shape[1], dtype=x.dtype)])
+        expected = []
+        for first in range(0, x.shape[1], width):
+            columns = slice(first, first + width)
+            total = 0.0
+            for row in rows:
+                total += float((weight[:, columns] @ row[columns]) @ (weight @ row))
+            expected.append(total)
+        expected = torch.tensor(expected) + refit
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_a_duplicate_costs_nothing_to_refit() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(200, 4), torch.randn(3, 4)
@@ -303,9 +325,20 @@ def test_sums_start_anew_and_fit_the_smaller_model(method) -> None:
         torch.testing.assert_close(scores[keep], other[keep], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", RUNS)
+def test_only_blocks_that_can_lose_structures_are_watched(method) -> None:
+    model = tiny_model()
+    config = tiny_config(method=method, prune="channels", protect_first=2, sparsity_levels=(0.1,))
+    engine = Engine(model, discover(model), config)
+    with engine.watch():
+        hooked = {name for name, module in model.named_modules() if module._forward_pre_hooks}
+    layers = {name.split(".")[2] for name in hooked if name}
+    assert layers == {"2", "3", "4"} and not any("self_attn" in name for name in hooked)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_zeros_and_slices_give_the_same_order(method, family, tmp_path) -> None:
     config = tiny_config(method=method)
     sliced = prune(tiny_model(family), tmp_path / "a", config=config)
@@ -315,7 +348,7 @@ def test_zeros_and_slices_give_the_same_order(method, family, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_a_run_leaves_no_hook_and_an_evaluation_changes_nothing(method, tmp_path) -> None:
     config = tiny_config(method=method)
     expected = prune(tiny_model(), tmp_path / "plain", config=config).trajectory
@@ -334,7 +367,7 @@ def test_a_run_leaves_no_hook_and_an_evaluation_changes_nothing(method, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_accumulation_gives_the_order_of_one_batch(method, tmp_path) -> None:
     config = tiny_config(method=method)
     whole = prune(
@@ -347,7 +380,7 @@ def test_accumulation_gives_the_order_of_one_batch(method, tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_two_processes_remove_what_one_removes(method, tmp_path) -> None:
     expected = prune(tiny_model(), tmp_path / "one", config=tiny_config(method=method)).trajectory
     result = launch("ddp", tmp_path, processes=2, method=method)

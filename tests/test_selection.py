@@ -6,6 +6,7 @@ from gisp_hf.models import discover
 from gisp_hf.models.layout import Block, Layout
 from gisp_hf.pruning.selection import (
     check_reachable,
+    fractions_of_block,
     highest_sparsity,
     kept_structures,
     minimum_kept,
@@ -144,3 +145,45 @@ def test_unknown_architectures_list_what_is_supported() -> None:
         discover(BertForMaskedLM(config))
     with pytest.raises(ValueError, match="LlamaForSequenceClassification"):
         discover(LlamaForSequenceClassification(tiny_model("llama").config))
+
+
+# ---- the same share of every layer -----------------------------------------------------------------------------------
+
+
+def by_shares(layout: Layout, share: float, *, offsets: dict[int, float] | None = None) -> list[int]:
+    """Structures that each block loses when the shares rise until ``share``, of random scores."""
+    torch.manual_seed(0)
+    scores = [torch.rand(block.size) for block in layout.blocks]
+    fractions = fractions_of_block(layout, scores, fresh_order(layout), offsets=offsets)
+    for score, fraction in zip(scores, fractions):
+        assert torch.equal(score.argsort(), fraction.argsort())
+    return [int((fraction < share).sum()) for fraction in fractions]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.31, 0.45, 0.55, 0.8, 0.9])
+def test_each_block_loses_the_number_nearest_to_the_share(share) -> None:
+    layout = toy_layout(sizes=((3, 100), (4, 7), (32, 11)))
+    lost = by_shares(layout, share)
+    for block, count in zip(layout.blocks, lost):
+        nearest = min(range(block.size + 1), key=lambda n: abs(n - share * block.size))
+        assert count == nearest
+
+
+def test_offsets_move_the_share_of_a_layer() -> None:
+    layout = toy_layout(sizes=((3, 100), (3, 100), (3, 100)))
+    assert by_shares(layout, 0.204, offsets={0: 0.1, 1: -0.1}) == [1, 30, 0, 10, 1, 20]
+    assert by_shares(layout, 0.054, offsets={0: 0.1, 1: -0.1}) == [0, 15, 0, 0, 0, 5]  # a share below zero takes none
+
+
+def test_shares_go_on_where_an_earlier_step_stopped() -> None:
+    layout = toy_layout(sizes=((4, 20), (4, 20)))
+    scores = [torch.rand(block.size) for block in layout.blocks]
+    whole, parts = fresh_order(layout), fresh_order(layout)
+    for order, budgets in ((whole, [70]), (parts, [20, 50, 70])):
+        length = 0
+        for budget in budgets:
+            fractions = fractions_of_block(layout, scores, order)
+            for number, index in select(layout, fractions, order, minimum=[1] * 4, budget=budget):
+                order[number][index] = length
+                length += 1
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts))

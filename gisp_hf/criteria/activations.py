@@ -20,11 +20,14 @@ class ActivationCriterion(Criterion):
     """A criterion from the inputs of ``o_proj`` and ``down_proj``. A subclass gives `statistics` and `scores`.
 
     Passes in eval mode or without gradients do not count, so an evaluation in the middle of a run changes nothing. Nor
-    do tokens that a two-dimensional ``attention_mask``, given by keyword, leaves out. Projections of protected layers
-    are watched too; their statistics are dropped.
+    do tokens that a two-dimensional ``attention_mask``, given by keyword, leaves out.
     """
 
     needs: Needs = "activations"
+
+    def watched(self, block: Block) -> list[str]:
+        """Names of the parameters whose inputs count: those that read the block's structures."""
+        return [member.parameter for member in readers(block)]
 
     def statistics(self, inputs: torch.Tensor) -> torch.Tensor:
         """What adds up over tokens: inputs of one projection, float32 of shape ``(n, length)``, -> float32."""
@@ -35,7 +38,7 @@ class ActivationCriterion(Criterion):
         self.model = model
         self._totals: dict[str, torch.Tensor] = {}  # parameter -> statistics since the last call of `sums`
         self._mask: torch.Tensor | None = None  # of the batch under way
-        names = dict.fromkeys(member.parameter for block in layout.blocks for member in readers(block))
+        names = dict.fromkeys(name for block in layout.blocks for name in self.watched(block))
         handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
         try:
             for name in names:
@@ -74,7 +77,7 @@ class ActivationCriterion(Criterion):
         self._totals[parameter] = values if known is None else known.add_(values)
 
     def sums(self, layout: Layout, blocks: Sequence[int]) -> Sums:
-        names = [(number, member.parameter) for number in blocks for member in readers(layout.blocks[number])]
+        names = [(number, name) for number in blocks for name in self.watched(layout.blocks[number])]
         for _, name in names:
             if name not in self._totals:
                 raise ValueError(

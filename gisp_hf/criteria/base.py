@@ -38,7 +38,8 @@ class Criterion:
         """Starts to look at ``model``: puts hooks in, where any are needed, and takes them out on exit.
 
         Args:
-            layout: of the unpruned model.
+            layout: its blocks that can lose structures; those of protected layers are left out. Numbers of blocks, as
+                in the other calls, do not fit this layout.
             micro_batches: backward passes that make up one calibration pass; 0 if that is not known.
         """
         self.model = model

@@ -15,7 +15,7 @@ class Flap(ActivationCriterion):
     As in the authors' code with its defaults (CASIA-IVA-Lab/FLAP, metric WIFV, structure AL-AM): the values of a
     block's columns are standardised (mean 0, deviation 1), those of a head are averaged, and all structures of the
     model stand in one ranking against a budget of parameters. That code squares the values of attention first; so does
-    this. Its bias compensation, which adds the mean output of what is removed to a new bias, is left out.
+    this. Its bias compensation is a matter of the method: `gisp_hf.criteria.compensation`.
 
     Variances come from float32 sums of the inputs and of their squares, which add up over processes. They lose digits
     where a mean is hundreds of times the deviation.

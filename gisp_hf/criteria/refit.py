@@ -53,11 +53,16 @@ def refit_errors(gram: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor
     Returns:
         shape ``(size,)``.
     """
+    inverse = torch.linalg.inv(damped(gram))
+    blocks = inverse[columns[:, :, None], columns[:, None, :]]  # (size, width, width)
+    parts = weight.double().T[columns]  # (size, width, d)
+    return (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)) / 2
+
+
+def damped(gram: torch.Tensor) -> torch.Tensor:
+    """A Gram matrix in float64, with a share of its mean diagonal added to the diagonal."""
     gram = gram.double()
     diagonal = gram.diagonal()
     # Inputs that are always zero do not count in the mean: structures that are set to zero are gone.
     damping = DAMPING * diagonal.sum() / (diagonal > 0).sum().clamp_min(1)
-    inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    blocks = inverse[columns[:, :, None], columns[:, None, :]]  # (size, width, width)
-    parts = weight.double().T[columns]  # (size, width, d)
-    return (parts * torch.linalg.solve(blocks, parts)).sum(dim=(1, 2)) / 2
+    return gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)

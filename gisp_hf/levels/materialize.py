@@ -34,7 +34,7 @@ from gisp_hf.levels.save import save_level
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
-from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
+from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory, warn_if_compensated
 from gisp_hf.untrusted import odd_contents
 
 Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
@@ -172,6 +172,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     """The part of a trajectory that leads to a level, and no more: its end is the level."""
     if channel_multiple is not None and channel_multiple < 1:
         raise ValueError(f"channel_multiple must be at least 1, got {channel_multiple}; 64 or 128 suits GPUs")
+    warn_if_compensated(trajectory.config)
     multiple = channel_multiple or trajectory.config.channel_multiple
     length = trajectory.prefix(sparsity, channel_multiple=multiple)
     reached = trajectory.sparsity_at(length, channel_multiple=multiple)

@@ -4,32 +4,31 @@ This file travels with every checkpoint, so that ``from_pretrained(..., trust_re
 not installed. It therefore imports nothing beyond transformers and what that itself stands on, and does nothing but
 build layers of the right size.
 
-Each class is the family's own model; only the sizes come from ``config.per_layer_config``, Transformers' own field for
-layers that differ: ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size`` per layer.
+Each class is the family's own model, with or without a head; only the sizes come from ``config.per_layer_config``,
+Transformers' own field for layers that differ: ``num_attention_heads``, ``num_key_value_heads`` and
+``intermediate_size`` per layer. With ``compensation_bias: true`` in the config, every ``o_proj`` and ``down_proj`` has
+a bias.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
+import transformers as hf
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+
+# Ending of a class's name -> the Auto class that builds it.
+AUTO_CLASSES = {
+    "Model": hf.AutoModel,
+    "ForCausalLM": hf.AutoModelForCausalLM,
+    "ForSequenceClassification": hf.AutoModelForSequenceClassification,
+    "ForTokenClassification": hf.AutoModelForTokenClassification,
+}
 
 
 class PrunedConfigMixin:
-    """The checks of a pruned config, in place of the family's own."""
+    """The checks of a pruned config, in place of the family's own, and the names of its model classes."""
+
+    auto_classes: ClassVar[dict[str, str]] = {}  # Auto class -> the class in this file; becomes ``auto_map``
 
     def validate_architecture(self) -> None:
         # The families ask that the hidden size be a multiple of the number of heads, which only matters where the head
@@ -43,6 +42,18 @@ class PrunedConfigMixin:
                     f"layer {number}: num_attention_heads ({layer.num_attention_heads}) must be divisible by "
                     f"num_key_value_heads ({layer.num_key_value_heads})"
                 )
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        if self.auto_classes:  # every one of them, whichever model is saved: a head can be put on any level
+            self.auto_map = dict(self.auto_classes)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+
+
+def add_compensation_biases(layer: Any) -> None:
+    """Gives a decoder layer the biases that stand for the mean output of removed structures."""
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        if projection.bias is None:
+            projection.bias = nn.Parameter(projection.weight.new_zeros(projection.out_features))
 
 
 class PrunedModelMixin:
@@ -60,9 +71,11 @@ class PrunedModelMixin:
         if overrides is None:
             return
         model: Any = self
-        layers: nn.ModuleList = model.model.layers
+        layers: nn.ModuleList = model.base_model.layers
         for number, layer_config in enumerate(config.per_layer_config):
             layers[number] = type(layers[number])(layer_config, number)
+            if getattr(config, "compensation_bias", False):
+                add_compensation_biases(layers[number])
             # Layers read the attention implementation from their config at every call: give them the one that
             # set_attn_implementation changes, not the copy that knew their size.
             for module in layers[number].modules():
@@ -71,62 +84,100 @@ class PrunedModelMixin:
         model.post_init()
 
 
+def _pruned(config_class: Any, *family_classes: type[hf.PreTrainedModel]) -> list[Any]:
+    """The pruned classes of a family, known to the Auto classes and to ``auto_map``."""
+    made = []
+    config_class.register_for_auto_class("AutoConfig")
+    config_class.auto_classes = {"AutoConfig": f"modeling_gisp.{config_class.__name__}"}
+    for family_class in family_classes:
+        name = f"Gisp{family_class.__name__}"
+        facts = {"__module__": __name__, "config_class": config_class}
+        model_class: Any = type(name, (PrunedModelMixin, family_class), facts)
+        auto_class: Any = next(auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending))
+        model_class.register_for_auto_class(auto_class.__name__)
+        auto_class.register(config_class, model_class, exist_ok=True)  # classifiers build their base by AutoModel
+        config_class.auto_classes[auto_class.__name__] = f"modeling_gisp.{name}"
+        made.append(model_class)
+    return made
+
+
 @strict
-class GispLlamaConfig(PrunedConfigMixin, LlamaConfig):
+class GispLlamaConfig(PrunedConfigMixin, hf.LlamaConfig):
     model_type = "gisp_llama"
 
 
-class GispLlamaForCausalLM(PrunedModelMixin, LlamaForCausalLM):
-    config_class = GispLlamaConfig
+GispLlamaModel, GispLlamaForCausalLM, GispLlamaForSequenceClassification, GispLlamaForTokenClassification = _pruned(
+    GispLlamaConfig,
+    hf.LlamaModel,
+    hf.LlamaForCausalLM,
+    hf.LlamaForSequenceClassification,
+    hf.LlamaForTokenClassification,
+)
 
 
 @strict
-class GispMistralConfig(PrunedConfigMixin, MistralConfig):
+class GispMistralConfig(PrunedConfigMixin, hf.MistralConfig):
     model_type = "gisp_mistral"
 
 
-class GispMistralForCausalLM(PrunedModelMixin, MistralForCausalLM):
-    config_class = GispMistralConfig
+GispMistralModel, GispMistralForCausalLM, GispMistralForSequenceClassification, GispMistralForTokenClassification = (
+    _pruned(
+        GispMistralConfig,
+        hf.MistralModel,
+        hf.MistralForCausalLM,
+        hf.MistralForSequenceClassification,
+        hf.MistralForTokenClassification,
+    )
+)
 
 
 @strict
-class GispQwen2Config(PrunedConfigMixin, Qwen2Config):
+class GispQwen2Config(PrunedConfigMixin, hf.Qwen2Config):
     model_type = "gisp_qwen2"
 
 
-class GispQwen2ForCausalLM(PrunedModelMixin, Qwen2ForCausalLM):
-    config_class = GispQwen2Config
+GispQwen2Model, GispQwen2ForCausalLM, GispQwen2ForSequenceClassification, GispQwen2ForTokenClassification = _pruned(
+    GispQwen2Config,
+    hf.Qwen2Model,
+    hf.Qwen2ForCausalLM,
+    hf.Qwen2ForSequenceClassification,
+    hf.Qwen2ForTokenClassification,
+)
 
 
 @strict
-class GispQwen3Config(PrunedConfigMixin, Qwen3Config):
+class GispQwen3Config(PrunedConfigMixin, hf.Qwen3Config):
     model_type = "gisp_qwen3"
 
 
-class GispQwen3ForCausalLM(PrunedModelMixin, Qwen3ForCausalLM):
-    config_class = GispQwen3Config
+GispQwen3Model, GispQwen3ForCausalLM, GispQwen3ForSequenceClassification, GispQwen3ForTokenClassification = _pruned(
+    GispQwen3Config,
+    hf.Qwen3Model,
+    hf.Qwen3ForCausalLM,
+    hf.Qwen3ForSequenceClassification,
+    hf.Qwen3ForTokenClassification,
+)
 
 
 @strict
-class GispGemma2Config(PrunedConfigMixin, Gemma2Config):
+class GispGemma2Config(PrunedConfigMixin, hf.Gemma2Config):
     model_type = "gisp_gemma2"
 
 
-class GispGemma2ForCausalLM(PrunedModelMixin, Gemma2ForCausalLM):
-    config_class = GispGemma2Config
+GispGemma2Model, GispGemma2ForCausalLM, GispGemma2ForSequenceClassification, GispGemma2ForTokenClassification = _pruned(
+    GispGemma2Config,
+    hf.Gemma2Model,
+    hf.Gemma2ForCausalLM,
+    hf.Gemma2ForSequenceClassification,
+    hf.Gemma2ForTokenClassification,
+)
 
 
 @strict
-class GispGemma3TextConfig(PrunedConfigMixin, Gemma3TextConfig):
+class GispGemma3TextConfig(PrunedConfigMixin, hf.Gemma3TextConfig):
     model_type = "gisp_gemma3_text"
 
 
-class GispGemma3ForCausalLM(PrunedModelMixin, Gemma3ForCausalLM):
-    config_class = GispGemma3TextConfig
-
-
-# Their checkpoints name these classes in ``auto_map`` and carry this file.
-for _model in PrunedModelMixin.__subclasses__():
-    _class: Any = _model
-    _class.config_class.register_for_auto_class("AutoConfig")
-    _class.register_for_auto_class("AutoModelForCausalLM")
+GispGemma3TextModel, GispGemma3ForCausalLM, GispGemma3TextForSequenceClassification = _pruned(
+    GispGemma3TextConfig, hf.Gemma3TextModel, hf.Gemma3ForCausalLM, hf.Gemma3TextForSequenceClassification
+)

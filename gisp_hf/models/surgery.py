@@ -1,7 +1,8 @@
 """Removal of structures: set them to zero, or slice them out."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from gisp_hf.models.discovery import family_of
 from gisp_hf.models.families import Family
 from gisp_hf.models.layout import Block, Layout, kind_of
 from gisp_hf.models.shards import local_rows
+
+COMPENSATION_KEY = "compensation_bias"  # of a pruned config: see `add_compensation_biases` in modeling_gisp.py
 
 
 @torch.no_grad()
@@ -98,3 +101,52 @@ def pruned_shell(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) 
         shell = family.pruned_model(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+@contextmanager
+def compensated(model: PreTrainedModel, layout: Layout, biases: Mapping[str, torch.Tensor]) -> Iterator[frozenset[str]]:
+    """The model with more biases beside the projections that read structures; without them again on exit.
+
+    Every such projection has a bias inside, and the config says so (``compensation_bias``), so that a level that is
+    saved inside has them too. Weights are not touched.
+
+    Args:
+        biases: weight -> what is added to the bias beside it, of shape ``(d,)``.
+
+    Yields:
+        the names of the biases.
+    """
+    weights = dict.fromkeys(member.parameter for block in layout.blocks for member in block.members if member.dim == 1)
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    before = {name: getattr(module, "bias", None) for name, module in modules.items()}
+    flag = getattr(model.config, COMPENSATION_KEY, None)
+    try:
+        for name, module in modules.items():
+            weight, bias = model.get_parameter(name), before[name]
+            total = weight.new_zeros(weight.shape[0]).float() if bias is None else bias.detach().float()
+            if name in biases:
+                total = total + biases[name].to(total.device)
+            module.register_parameter("bias", nn.Parameter(total.to(weight.dtype), requires_grad=False))
+        setattr(model.config, COMPENSATION_KEY, True)
+        yield frozenset(f"{name.rpartition('.')[0]}.bias" for name in weights)
+    finally:
+        for name, module in modules.items():
+            module.register_parameter("bias", before[name])
+        if flag is None:
+            delattr(model.config, COMPENSATION_KEY)
+
+
+def check_compensable(model: PreTrainedModel, layout: Layout) -> None:
+    """Refuses a model whose pruned class has no place for the biases of `compensated`.
+
+    Raises:
+        ValueError: naming the biases that are missing.
+    """
+    with compensated(model, layout, {}) as names:
+        shell = pruned_shell(model, layout, [block.size for block in layout.blocks])
+        missing = sorted(names - set(shell.state_dict()))
+    if missing:
+        raise ValueError(
+            f"{type(shell).__name__} has no {missing[0]} (nor {len(missing) - 1} other biases), which compensation "
+            "needs; use a method without compensation, such as flap"
+        )

@@ -1,18 +1,20 @@
 """The work of pruning: sums of a criterion in, structures out. No I/O, no loop, no Trainer."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from gisp_hf.config import GISPConfig
-from gisp_hf.criteria.base import Criterion, Sums
+from gisp_hf.criteria.base import Criterion, Needs, Sums
+from gisp_hf.criteria.compensation import Compensation
 from gisp_hf.models.layout import Layout
-from gisp_hf.models.shards import add_over_ranks, all_ranks, shard_group
-from gisp_hf.models.surgery import slice_structures, zero_structures
+from gisp_hf.models.shards import add_over_ranks, all_ranks, is_sharded, shard_group
+from gisp_hf.models.surgery import check_compensable, compensated, slice_structures, zero_structures
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.normalization import normalizer, standardize
 from gisp_hf.pruning.selection import (
@@ -61,7 +63,8 @@ class Engine:
         now: the layout of the model as it is now.
 
     Raises:
-        ValueError: if the highest level cannot be reached, or there are more passes than layers to score.
+        ValueError: if the highest level cannot be reached, there are more passes than layers to score, or the model has
+            no place for the biases of a method with compensation.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class Engine:
         self.now = layout
         self.config = config
         self.criterion: Criterion = self.method.criterion()
+        self.shares = None if self.method.layer_shares is None else self.method.layer_shares()
+        self.offsets: dict[int, float] = {}  # layer -> its share minus that of all layers together
+        self.compensation = Compensation() if self.method.compensation else None
+        if self.compensation is not None:
+            check_compensable(model, layout)
         self.shrink = shrink
         self.minimum = minimum_kept(layout, config)
         self.order = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
@@ -117,8 +125,20 @@ class Engine:
         return self.removed_parameters / self.layout.total
 
     def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
-        """Lets the criterion look at the model, until the context ends."""
-        return self.criterion.watch(self.model, self.now, micro_batches=micro_batches)
+        """Lets the criterion look at the model, until the context ends: at the blocks that can lose structures.
+
+        Raises:
+            ValueError: if the method compensates and parameters are sharded.
+        """
+        if self.compensation is not None and is_sharded(self.model.parameters()):
+            raise ValueError(
+                f"method {self.config.method!r} gives levels more biases, which needs parameters that are not sharded; "
+                "use DDP or a single process, or a method without compensation"
+            )
+        scored = [self.now.blocks[number] for part in self.passes for number in part]
+        layout = replace(self.now, blocks=tuple(scored))
+        watchers = [w for w in (self.criterion, self.shares, self.compensation) if w is not None]
+        return _all_of([w.watch(self.model, layout, micro_batches=micro_batches) for w in watchers])
 
     def accumulate(self, layer_pass: int = 0) -> None:
         """Turns the criterion's sums of one pass into scores.
@@ -131,9 +151,16 @@ class Engine:
             ZeroScoreError: if all scores are zero.
         """
         numbers = self.passes[layer_pass]
+        everywhere = [number for part in self.passes for number in part]
+        if self.shares is not None:
+            seen = self._over_ranks(self.shares.sums(self.now, everywhere), self.shares.needs)
+            self.offsets = self.shares.offsets(self.now, everywhere, seen)
+        if self.compensation is not None:
+            seen = self._over_ranks(self.compensation.sums(self.now, everywhere), self.compensation.needs)
+            self.compensation.take_means(seen)
         if self.criterion.needs == "weights" and self.scores[numbers[0]] is not None:
             return  # weights never change
-        sums = self._over_ranks(self.criterion.sums(self.now, numbers))
+        sums = self._over_ranks(self.criterion.sums(self.now, numbers), self.criterion.needs)
         scores = self.criterion.scores(self.now, numbers, sums)
         if not torch.stack([score.any() for score in scores]).any():  # one wait for the device
             raise ZeroScoreError(
@@ -153,9 +180,9 @@ class Engine:
         momentum = self.config.score_momentum
         return score if before is None or not momentum else torch.lerp(score, before.to(score.device), momentum)
 
-    def _over_ranks(self, sums: Sums) -> Sums:
+    def _over_ranks(self, sums: Sums, needs: Needs) -> Sums:
         """The sums of all processes. Every process finds out alike that one of them is not finite."""
-        if self.criterion.needs.startswith("weight"):
+        if needs.startswith("weight"):
             parameters = (self.model.get_parameter(name) for name in self.scored_parameters())
             group = next((found for p in parameters if (found := shard_group(p)) is not None), None)
         else:
@@ -169,8 +196,7 @@ class Engine:
                     ": the loss is not, or a norm over all of them has spread it" if len(bad) == len(names) else ""
                 )
                 raise NonFiniteGradientError(
-                    f"{_QUANTITY[self.criterion.needs]} of {bad[0]} is not finite (nor that of {len(bad) - 1} others"
-                    f"{everything})"
+                    f"{_QUANTITY[needs]} of {bad[0]} is not finite (nor that of {len(bad) - 1} others{everything})"
                 )
         return dict(zip(names, parts))
 
@@ -190,7 +216,7 @@ class Engine:
         """
         scores = self.ranking
         if self.method.scope == "layer":
-            scores = fractions_of_block(self.layout, scores, self.order)
+            scores = fractions_of_block(self.layout, scores, self.order, offsets=self.offsets)
         chosen = select(
             self.layout,
             scores,
@@ -216,8 +242,16 @@ class Engine:
 
         Args:
             averages: as `averages` gave them.
+
+        Raises:
+            ValueError: if the method compensates, since the mean outputs of what is gone are not known any more.
         """
         assert self.length == 0
+        if self.compensation is not None:
+            raise ValueError(
+                f"a run of method {self.config.method!r} cannot be resumed: its checkpoints do not hold the mean "
+                "outputs of removed structures. Start it anew, without resume_from_checkpoint, in another folder"
+            )
         if self.criterion.needs != "weights":  # scores of weights never change: they are made anew
             self.scores = [(averages or {}).get(block.name) for block in self.layout.blocks]
         self.ranking = self.scores
@@ -228,6 +262,16 @@ class Engine:
     def kept(self) -> list[torch.Tensor]:
         """Per block, the increasing original indices of the structures that the model still has."""
         return [(~gone).nonzero().squeeze(1) for gone in self.gone]
+
+    def as_level(self) -> AbstractContextManager[frozenset[str]]:
+        """The model as it is saved and evaluated: with the biases of a method that compensates, until the context ends.
+
+        Yields:
+            the names of the parameters whose values are not those of the unpruned model.
+        """
+        if self.compensation is None:
+            return nullcontext(frozenset())
+        return compensated(self.model, self.now, self.compensation.biases)
 
     def _operate(self) -> Mapping[str, int]:
         """Brings the model in line with the order."""
@@ -241,6 +285,9 @@ class Engine:
             counts[block.kind] += int(mask.sum())
         if not any(counts.values()):
             return counts
+        if self.compensation is not None:
+            removed = [mask[~gone] if self.shrink else mask for mask, gone in zip(fresh, self.gone)]
+            self.compensation.add_removed(self.now, [mask.nonzero().squeeze(1) for mask in removed], sliced=self.shrink)
         if self.shrink:
             kept = [(~mask)[~gone].nonzero().squeeze(1) for mask, gone in zip(fresh, self.gone)]
             reduced = self.now.reduced(kept)
@@ -252,3 +299,11 @@ class Engine:
                     zero_structures(self.model, block, mask.nonzero().squeeze(1))
         self.gone = masks
         return counts
+
+
+@contextmanager
+def _all_of(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield

@@ -8,9 +8,11 @@ from gisp_hf.criteria.base import Criterion
 from gisp_hf.criteria.flap import Flap
 from gisp_hf.criteria.gate import Gate
 from gisp_hf.criteria.magnitude import Magnitude
+from gisp_hf.criteria.owl import Owl
 from gisp_hf.criteria.random import Random
 from gisp_hf.criteria.refit import Refit
 from gisp_hf.criteria.taylor import Taylor
+from gisp_hf.criteria.tyr import Tyr
 from gisp_hf.criteria.wanda import WandaSP
 
 
@@ -22,7 +24,13 @@ class Method:
         criterion: makes the criterion of a run.
         scope: ``model`` ranks all structures in one list; ``layer`` takes the same fraction from every block.
         normalization, num_steps, score_momentum: what `GISPConfig` uses where its own fields are None.
+        layer_shares: makes what tells the shares of layers apart, with scope ``layer``; None: equal shares.
+        compensation: whether saved levels have biases in the place of the mean output of removed structures. The
+            removal order is the same without.
         description: one line for tables and help.
+
+    Raises:
+        ValueError: if ``layer_shares`` is given with scope ``model``.
     """
 
     criterion: Callable[[], Criterion]
@@ -31,6 +39,14 @@ class Method:
     num_steps: int = 80
     score_momentum: float = 0.0
     description: str = ""
+    layer_shares: Callable[[], Owl] | None = None
+    compensation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layer_shares is not None and self.scope != "layer":
+            raise ValueError(
+                f"layer_shares needs scope='layer', got {self.scope!r}: one ranking has no shares of layers"
+            )
 
 
 METHODS: dict[str, Method] = {
@@ -45,6 +61,14 @@ METHODS: dict[str, Method] = {
         num_steps=1,
         description="|weight| x norm of its input, same share of every layer (arXiv 2306.11695)",
     ),
+    "wanda-sp-owl": Method(
+        WandaSP,
+        scope="layer",
+        normalization="none",
+        num_steps=1,
+        layer_shares=Owl,
+        description="wanda-sp, smaller shares of layers with many outliers (arXiv 2310.05175)",
+    ),
     # Without a normalisation for now: dividing by parameters removes far too many heads.
     "gisp-activation": Method(
         Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
@@ -54,6 +78,13 @@ METHODS: dict[str, Method] = {
         normalization="none",
         num_steps=1,
         description="variance of inputs x squared weight norm, standardised per block (arXiv 2312.11983)",
+    ),
+    "flap-compensated": Method(
+        Flap,
+        normalization="none",
+        num_steps=1,
+        compensation=True,
+        description="flap, and the mean output of removed structures becomes a bias of the saved levels",
     ),
     # As LLM-Pruner (horseee/LLM-Pruner: --taylor param_first, sum, not global), which leaves out the first 3 layers and
     # the last of 32 by default: so do the defaults of protect_first and protect_last.
@@ -69,6 +100,13 @@ METHODS: dict[str, Method] = {
         normalization="none",
         num_steps=20,
         description="error of the best re-fit without a structure, same share of every layer (arXiv 2403.12983)",
+    ),
+    "second-order-tyr": Method(
+        Tyr,
+        scope="layer",
+        normalization="none",
+        num_steps=20,
+        description="second-order plus the first-order term of the layer's output (arXiv 2503.09657)",
     ),
 }
 

@@ -103,11 +103,20 @@ def check_reachable(layout: Layout, config: GISPConfig) -> None:
 
 
 def fractions_of_block(
-    layout: Layout, scores: Sequence[torch.Tensor | None], order: Sequence[torch.Tensor]
+    layout: Layout,
+    scores: Sequence[torch.Tensor | None],
+    order: Sequence[torch.Tensor],
+    *,
+    offsets: Mapping[int, float] | None = None,
 ) -> list[torch.Tensor | None]:
     """Scores that make `select` take the same fraction from every block, its lowest scored structures first.
 
-    The score of a structure becomes the fraction of its block that is gone once it goes.
+    The score of a structure becomes the share at which it goes. With ``n`` structures in the block, the ``k``-th goes
+    at ``(k - 1/2) / n``: a share ``s`` takes the number nearest to ``s * n``. So a block of three groups loses one
+    between a sixth and a half, and no block is more than half a structure away from the share.
+
+    Args:
+        offsets: layer -> what its share is above that of the others; None: the same share everywhere.
     """
     fractions: list[torch.Tensor | None] = []
     for block, score, positions in zip(layout.blocks, scores, order):
@@ -116,10 +125,10 @@ def fractions_of_block(
             continue
         left = (positions < 0).nonzero().squeeze(1)
         ascending = left[torch.sort(score.cpu()[left], stable=True).indices]
-        fraction = torch.zeros(block.size)
+        fraction = torch.zeros(block.size, dtype=torch.float64)
         gone = block.size - len(left)
-        fraction[ascending] = torch.arange(gone + 1, block.size + 1, dtype=torch.float32) / block.size
-        fractions.append(fraction)
+        fraction[ascending] = (torch.arange(gone, block.size, dtype=torch.float64) + 0.5) / block.size
+        fractions.append(fraction - (offsets or {}).get(block.layer, 0.0))
     return fractions
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ from gisp_hf.models.fingerprint import fingerprint
 from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
+from gisp_hf.pruning.methods import METHODS
 from gisp_hf.pruning.selection import parameter_budget, removed_mask, removed_parameters
 from gisp_hf.untrusted import check_trajectory, read_json
 
 ORDER_FILE = "trajectory.safetensors"
 FACTS_FILE = "trajectory.json"
 FORMAT = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -167,6 +171,7 @@ class Trajectory:
         """
         kept = self.kept(sparsity, channel_multiple=channel_multiple)
         self.check_base(model)
+        warn_if_compensated(self.config)
         slice_structures(model, discover(model), kept)
         return as_pruned_model(model, self.layout, [len(keep) for keep in kept])
 
@@ -247,6 +252,17 @@ class Trajectory:
             )
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the trajectory in {folder} cannot be used: {error}") from error
+
+
+def warn_if_compensated(config: GISPConfig) -> None:
+    """Says that a level built from the removal order lacks the biases which the run's own levels have."""
+    method = METHODS.get(config.method)
+    if method is not None and method.compensation:
+        logger.warning(
+            "the levels that this run saved have biases in the place of removed structures (method %s); a level built "
+            "from the removal order has none. Load the saved levels to have them",
+            config.method,
+        )
 
 
 def _block_from(entry: dict[str, Any]) -> Block:

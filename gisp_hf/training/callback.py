@@ -359,9 +359,10 @@ class PruningCallback(TrainerCallback):
         )
 
     def _reach(self, sparsity: float, model: PreTrainedModel, state: TrainerState) -> None:
-        level = Level(sparsity, self.trajectory, model, self._level_folder(sparsity))
-        for stage in self.stages:
-            level = stage(level)
+        with self.engine.as_level() as changed:
+            level = Level(sparsity, self.trajectory, model, self._level_folder(sparsity), changed=changed)
+            for stage in self.stages:
+                level = stage(level)
         self.levels[sparsity] = level
         if level.metrics:
             entry: dict[str, Any] = {"level": sparsity, **level.metrics, "step": state.global_step + 1}
