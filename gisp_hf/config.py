@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from gisp_hf.deprecated import accept_old_arguments, warn_renamed
-from gisp_hf.models.layout import KINDS
+from gisp_hf.models.layout import KINDS, kind_of
 from gisp_hf.pruning.methods import METHODS
 from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
@@ -108,7 +108,8 @@ class GISPConfig:
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        object.__setattr__(self, "minimum_kept", {kind: n for kind, n in self.minimum_kept.items() if n != 1})
+        given = {kind: n for kind, n in self.minimum_kept.items() if n != _least(kind)}
+        object.__setattr__(self, "minimum_kept", given)
         for name in ("protect_first", "protect_last"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -148,7 +149,7 @@ class GISPConfig:
 
     def minimum_of(self, kind: str) -> int:
         """Structures of this kind that every layer keeps."""
-        return self.minimum_kept.get(kind, 1)
+        return self.minimum_kept.get(kind, _least(kind))
 
     @property
     def min_groups(self) -> int:
@@ -185,6 +186,10 @@ class GISPConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of GISPConfig's fields, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _least(kind: str) -> int:
+    return 0 if kind_of(kind).whole else 1
 
 
 def multiples_of(channel_multiple: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.models.layout import Block, Layout, Member
@@ -35,11 +36,11 @@ class ActivationCriterion(Criterion):
         self.model = model
         self._totals: dict[str, torch.Tensor] = {}  # parameter -> statistics since the last call of `sums`
         self._mask: torch.Tensor | None = None  # of the batch under way
-        names = dict.fromkeys(member.parameter for block in layout.blocks for member in readers(block))
+        names = dict.fromkeys(name for block in layout.blocks for name in self.watched(block))
         handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
         try:
             for name in names:
-                handles.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(self._hook(name)))
+                handles.append(self.hook(name))
             yield
         finally:
             for handle in handles:
@@ -50,12 +51,18 @@ class ActivationCriterion(Criterion):
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
-    def _hook(self, parameter: str) -> Any:
+    def watched(self, block: Block) -> list[str]:
+        """What is watched for a block: names under which statistics are kept."""
+        return [member.parameter for member in readers(block)]
+
+    def hook(self, name: str) -> RemovableHandle:
+        """Watches one of these: calls `see` in every forward pass that counts."""
+
         def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if module.training and torch.is_grad_enabled():
-                self.see(parameter, args[0])
+                self.see(name, args[0])
 
-        return see
+        return self.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(see)
 
     def see(self, parameter: str, inputs: torch.Tensor) -> None:
         """Takes in the inputs of one projection, shape ``(B, T, length)``, during a forward pass that counts."""
@@ -74,7 +81,7 @@ class ActivationCriterion(Criterion):
         self._totals[parameter] = values if known is None else known.add_(values)
 
     def sums(self, layout: Layout, blocks: Sequence[int]) -> Sums:
-        names = [(number, member.parameter) for number in blocks for member in readers(layout.blocks[number])]
+        names = [(number, name) for number in blocks for name in self.watched(layout.blocks[number])]
         for _, name in names:
             if name not in self._totals:
                 raise ValueError(

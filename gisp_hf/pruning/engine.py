@@ -1,9 +1,8 @@
 """The work of pruning: sums of a criterion in, structures out. No I/O, no loop, no Trainer."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -82,6 +81,7 @@ class Engine:
         self.gone = [torch.zeros(block.size, dtype=torch.bool) for block in layout.blocks]
         self.scores: list[torch.Tensor | None] = [None] * len(layout.blocks)
         self.passes = self._split(layer_passes)
+        self._watch_anew: Callable[[], None] | None = None
 
     def _split(self, count: int) -> list[list[int]]:
         """Block numbers of each layer pass, for the blocks that can lose anything."""
@@ -103,7 +103,7 @@ class Engine:
     def scored_parameters(self, layer_pass: int | None = None) -> list[str]:
         """Names of the parameters that belong to scored structures, of all passes or of one."""
         numbers = [n for part in self.passes for n in part] if layer_pass is None else self.passes[layer_pass]
-        names = (member.parameter for number in numbers for member in self.layout.blocks[number].members)
+        names = (member.parameter for number in numbers for member in self.now.blocks[number].members)
         return list(dict.fromkeys(names))
 
     @property
@@ -115,9 +115,21 @@ class Engine:
         """The fraction of the decoder layers' parameters that is gone."""
         return self.removed_parameters / self.layout.total
 
-    def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
+    @contextmanager
+    def watch(self, *, micro_batches: int = 0) -> Iterator[None]:
         """Lets the criterion look at the model, until the context ends."""
-        return self.criterion.watch(self.model, self.now, micro_batches=micro_batches)
+        with ExitStack() as stack:
+
+            def watch_anew() -> None:
+                stack.close()
+                stack.enter_context(self.criterion.watch(self.model, self.now, micro_batches=micro_batches))
+
+            watch_anew()
+            self._watch_anew = watch_anew
+            try:
+                yield
+            finally:
+                self._watch_anew = None
 
     def accumulate(self, layer_pass: int = 0) -> None:
         """Turns the criterion's sums of one pass into scores.
@@ -129,7 +141,9 @@ class Engine:
             NonFiniteGradientError: if something is not finite. Scores and model are as before.
             ZeroScoreError: if all scores are zero.
         """
-        numbers = self.passes[layer_pass]
+        numbers = [number for number in self.passes[layer_pass] if self.now.blocks[number].size]
+        if not numbers:  # every layer that may go is gone
+            return
         if self.criterion.needs == "weights" and self.scores[numbers[0]] is not None:
             return  # weights never change
         sums = self._over_ranks(self.criterion.sums(self.now, numbers))
@@ -222,6 +236,8 @@ class Engine:
             reduced = self.now.reduced(kept)
             slice_structures(self.model, self.now, kept)
             self.now = reduced
+            if self.now.whole and self._watch_anew is not None:  # layers have new names
+                self._watch_anew()
         else:
             for block, mask in zip(self.layout.blocks, fresh):
                 if mask.any():

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gisp_hf.criteria.base import Criterion
+from gisp_hf.criteria.block_influence import BlockInfluence
 from gisp_hf.criteria.flap import Flap
 from gisp_hf.criteria.gate import Gate
 from gisp_hf.criteria.magnitude import Magnitude
@@ -22,6 +23,7 @@ class Method:
         criterion: makes the criterion of a run.
         scope: ``model`` ranks all structures in one list; ``layer`` takes the same fraction from every block.
         normalization, num_steps: what `GISPConfig` uses where its own fields are None.
+        kinds: names of the kinds of structure that it removes; None: all that the family divides its layers into.
         description: one line for tables and help.
     """
 
@@ -29,6 +31,7 @@ class Method:
     scope: Literal["model", "layer"] = "model"
     normalization: str = "params"
     num_steps: int = 80
+    kinds: tuple[str, ...] | None = None
     description: str = ""
 
 
@@ -68,6 +71,13 @@ METHODS: dict[str, Method] = {
         normalization="none",
         num_steps=20,
         description="error of the best re-fit without a structure, same share of every layer (arXiv 2403.12983)",
+    ),
+    "shortgpt": Method(
+        BlockInfluence,
+        normalization="none",
+        num_steps=1,
+        kinds=("layer",),
+        description="whole layers, by 1 - cosine of a layer's input and output (ShortGPT, arXiv 2403.03853)",
     ),
 }
 
