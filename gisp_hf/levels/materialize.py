@@ -173,12 +173,11 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
         raise ValueError(f"channel_multiple must be at least 1, got {channel_multiple}; 64 or 128 suits GPUs")
     multiple = channel_multiple or trajectory.config.channel_multiple
     length = trajectory.prefix(sparsity, channel_multiple=multiple)
-    reached = trajectory.sparsity_at(length, channel_multiple=multiple)
     return replace(
         trajectory,
         order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
-        steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
+        steps=tuple(step for step in trajectory.steps if step.target < sparsity - 1e-9),  # those before the level's own
     )
 
 

@@ -42,6 +42,11 @@ def discover(model: PreTrainedModel, kinds: Collection[str] | None = None) -> La
     family = family_of(model)
     layers = model.get_submodule(family.layers)
     numbered = list(enumerate(layers.children()))
+    if len(numbered) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"the model has {len(numbered)} decoder layers, and its config says {model.config.num_hidden_layers}; load "
+            "it anew"
+        )
     kinds = [row.kind for row in family.blocks] if kinds is None else kinds
     rows = [row for row in family.blocks if row.kind in kinds]
     whole = [kind for kind in kinds if kind in KINDS and KINDS[kind].whole]

@@ -57,21 +57,23 @@ def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torc
     if layout.whole:
         there = [keep for block, keep in zip(layout.blocks, kept) if block.size]
         stay = [number for number, keep in enumerate(there) if len(keep)]
-        _keep_layers(model.get_submodule(family.layers), stay)  # type: ignore[arg-type]
-        _keep_layers_in_config(model.config, stay)
+        _keep_layers(model, model.get_submodule(family.layers), stay)  # type: ignore[arg-type]
 
 
-def _keep_layers(layers: nn.ModuleList, stay: Sequence[int]) -> None:
+def _keep_layers(model: PreTrainedModel, layers: nn.ModuleList, stay: Sequence[int]) -> None:
+    gone = [layer for number, layer in enumerate(layers) if number not in stay]
     for number in reversed(range(len(layers))):
         if number not in stay:
-            for parameter in layers[number].parameters():
-                parameter.grad = None
-                parameter.data = parameter.data.new_empty(0)  # an optimizer may hold on to the object
             del layers[number]
     for number, layer in enumerate(layers):
         for module in layer.modules():
             if "layer_idx" in vars(module):  # the place in the cache
                 module.layer_idx = number  # type: ignore[assignment]
+    _keep_layers_in_config(model.config, stay)
+    for layer in gone:
+        for parameter in layer.parameters():  # which an optimizer may hold on to
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
 
 
 def _keep_layers_in_config(config: PreTrainedConfig, stay: Sequence[int]) -> None:

@@ -482,11 +482,10 @@ def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
 def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:
     """Gives a model that has lost structures the class and config that say so; an unchanged one stays as it is."""
     try:
-        sizes = [
-            block.size for block in discover(model, engine.method.kinds).blocks
-        ]  # read off the weights, as they are
+        found = discover(model, engine.method.kinds)  # read off the weights, as they are
     except ValueError as error:  # interrupted between two parameters of one block
         logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
         return
+    sizes = [block.size for block in found.blocks]
     if sizes != [block.size for block in engine.layout.blocks]:
         as_pruned_model(model, engine.layout, sizes)
