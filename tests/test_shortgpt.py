@@ -204,6 +204,16 @@ def test_a_model_whose_layers_were_pruned_before_keeps_their_sizes(tmp_path) -> 
     assert torch.equal(cut(tokens(2)).logits, loaded(tokens(2)).logits)
 
 
+def test_a_shorter_level_can_be_pruned_further(tmp_path) -> None:
+    short = prune(tiny_model(), tmp_path / "short", config=config(sparsity_levels=(0.3,))).level_folders[0.3]
+    model = AutoModelForCausalLM.from_pretrained(short)
+    further = prune(model, tmp_path / "gisp", config=tiny_config(sparsity_levels=(0.2,), protect_first=0))
+    level = further.level_folders[0.2]
+    cut = load_level(level.parent, sparsity=0.2, base_model=short)
+    assert len(cut.model.layers) == 4 and cut.config.model_type == "gisp_llama"
+    assert torch.equal(cut(tokens(2)).logits, AutoModelForCausalLM.from_pretrained(level)(tokens(2)).logits)
+
+
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
