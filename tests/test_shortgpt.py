@@ -437,7 +437,7 @@ def test_cards_speak_of_layers_and_need_nothing_but_transformers(tmp_path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"channel_multiple": 8}, "channel_multiple=8 rounds channels, but layer is what goes here"),
+        ({"channel_multiple": 8}, "channel_multiple=8 rounds the number of channels, but only layers are removed"),
         ({"prune": "heads"}, "prune='heads' leaves nothing to remove: method 'shortgpt' removes layer"),
         ({"method": "gisp", "prune": "layer"}, "prune='layer' leaves nothing.*'gisp' removes attention, mlp"),
         ({"sparsity_levels": (0.9,)}, "sparsity 0.9 cannot be reached.*the highest is 0.8333"),
@@ -453,7 +453,7 @@ def test_requests_that_cannot_be_met(changes, message, tmp_path) -> None:
 
 def test_channels_of_a_level_without_layers_cannot_be_rounded(tmp_path) -> None:
     run_in(tmp_path, sparsity_levels=(0.5,))
-    with pytest.raises(ValueError, match="channel_multiple=64 rounds channels, but layer is what goes here"):
+    with pytest.raises(ValueError, match="channel_multiple=64 rounds the number of channels, but only layers"):
         load_level(tmp_path / "levels", sparsity=0.5, channel_multiple=64)
 
 

@@ -67,7 +67,7 @@ def parameter_budget(layout: Layout, sparsity: float) -> int:
 
 
 def highest_sparsity(layout: Layout, minimum: Sequence[int], multiples: Mapping[str, int]) -> float:
-    """The sparsity that is left when every block is down at its minimum, and the model not without a structure."""
+    """The sparsity with every block at its minimum. One structure of the model stays in any case."""
     gone = sum(
         (block.size - kept_structures(block, block.size - least, multiples)) * block.cost
         for block, least in zip(layout.blocks, minimum)
@@ -81,13 +81,13 @@ def check_multiples(layout: Layout, multiples: Mapping[str, int]) -> None:
     Raises:
         ValueError: with the kinds of structure that there are.
     """
-    names = [kind.name for kind in layout.kinds]
-    if odd := {kind: multiple for kind, multiple in multiples.items() if multiple > 1 and kind not in names}:
-        kind, multiple = next(iter(odd.items()))
-        raise ValueError(
-            f"channel_multiple={multiple} rounds {kind_of(kind).plural}, but {', '.join(names)} is what goes here; "
-            "leave it out"
-        )
+    for kind, multiple in multiples.items():
+        if multiple > 1 and not layout.of_kind(kind):
+            removed = ", ".join(kind.plural for kind in layout.kinds)
+            raise ValueError(
+                f"channel_multiple={multiple} rounds the number of {kind_of(kind).plural}, but only {removed} are "
+                "removed; leave it out"
+            )
 
 
 def check_reachable(layout: Layout, config: GISPConfig) -> None:
