@@ -190,6 +190,19 @@ def test_a_sliding_window_stays_with_its_layer() -> None:
     assert sliced.config.layer_types == types[3:] and len(set(types[3:])) == 2
 
 
+@pytest.mark.parametrize("stay", [(0, 1), (4, 5), (2, 3)])
+def test_a_model_without_one_type_of_attention_generates_as_the_saved_one(stay, tmp_path) -> None:
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}  # layers 3 to 5
+    model, ids = tiny_model("qwen2", **sliding), tokens(2)
+    slice_structures(model, discover(model, ("layer",)), kept(*stay))
+    model.save_pretrained(tmp_path / "short")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "short")
+    assert loaded.config.layer_types == ["sliding_attention" if n > 2 else "full_attention" for n in stay]
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+    found, expected = (m.generate(ids, max_new_tokens=24, do_sample=False) for m in (model, loaded))
+    assert torch.equal(found, expected)
+
+
 def test_a_model_whose_layers_were_pruned_before_keeps_their_sizes(tmp_path) -> None:
     first = prune(tiny_model(), tmp_path / "gisp", config=tiny_config(sparsity_levels=(0.3,))).level_folders[0.3]
     base = AutoModelForCausalLM.from_pretrained(first)
