@@ -52,8 +52,8 @@ def discover(model: PreTrainedModel, kinds: Collection[str] | None = None) -> La
     whole = [kind for kind in kinds if kind in KINDS and KINDS[kind].whole]
     if not kinds or (len(kinds) > 1 if whole else len(rows) < len(kinds)):
         raise ValueError(
-            f"{family.model_class} has no structures of the kinds {', '.join(list(kinds)[:5]) or '(none)'}; use some of "
-            f"{', '.join(row.kind for row in family.blocks)}, or one of these alone: "
+            f"{family.model_class} has no structures of the kinds {', '.join(list(kinds)[:5]) or '(none)'}; use some "
+            f"of {', '.join(row.kind for row in family.blocks)}, or one of these alone: "
             f"{', '.join(kind.name for kind in KINDS.values() if kind.whole)}"
         )
     blocks: list[Block] = []
