@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 
 from gisp_hf.deprecated import accept_old_arguments, warn_renamed
-from gisp_hf.models.layout import KINDS
+from gisp_hf.models.layout import KINDS, kind_of
 from gisp_hf.pruning.methods import METHODS
 from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
@@ -115,7 +115,8 @@ class GISPConfig:
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        object.__setattr__(self, "minimum_kept", {kind: n for kind, n in self.minimum_kept.items() if n != 1})
+        given = {kind: n for kind, n in self.minimum_kept.items() if n != _least(kind)}
+        object.__setattr__(self, "minimum_kept", given)
         momentum = self.score_momentum
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
             raise ValueError(f"score_momentum must be a number in [0, 1), got {momentum!r}; 0 is no average")
@@ -158,7 +159,7 @@ class GISPConfig:
 
     def minimum_of(self, kind: str) -> int:
         """Structures of this kind that every layer keeps."""
-        return self.minimum_kept.get(kind, 1)
+        return self.minimum_kept.get(kind, _least(kind))
 
     @property
     def min_groups(self) -> int:
@@ -195,6 +196,10 @@ class GISPConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold a mapping of GISPConfig's fields, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _least(kind: str) -> int:
+    return 0 if kind_of(kind).whole else 1
 
 
 def multiples_of(channel_multiple: int) -> dict[str, int]:

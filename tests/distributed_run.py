@@ -101,6 +101,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     from gisp_hf.models.fingerprint import fingerprint
     from gisp_hf.models.shards import model_fingerprint
     from gisp_hf.pruning.engine import Engine
+    from gisp_hf.pruning.methods import find_method
     from gisp_hf.pruning.trajectory import Base, Trajectory
     from gisp_hf.training.distributed import check_agreement
     from tests.tiny import tiny_blocks, tiny_tokenizer
@@ -110,12 +111,12 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     family = options["family"]
     model = tiny_model(family)
     whole_fingerprint = fingerprint(model.named_parameters())
-    layout = discover(model)
+    config = tiny_config(sparsity_levels=(0.2, 0.4), method=options.get("method", "gisp"))
+    layout = discover(model, find_method(config.method).kinds)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     assert model_fingerprint(model.named_parameters()) == whole_fingerprint
-    config = tiny_config(sparsity_levels=(0.2, 0.4), method=options.get("method", "gisp"))
     engine = Engine(model, layout, config, shrink=False)
     model.train()
     stack = ExitStack()

@@ -149,6 +149,19 @@ def test_a_comparison_writes_one_file_a_cell_and_measures_what_it_says(here) -> 
 
 
 @pytest.mark.slow
+def test_whole_layers_are_compared_by_the_parameters_that_they_reach() -> None:
+    setup = comparison(methods=["shortgpt"], seeds=[3])
+    run_cell(Cell("model", "shortgpt", "mixture", 3), setup, Path("out"))
+    found = read_cell(Path("out/model/shortgpt-mixture-seed3.json"))
+    assert (found["steps"], found["tokens_used"]) == (1, 192)
+    one = sum(parameter.numel() for parameter in tiny_model().model.layers[0].parameters())
+    dense = sum(parameter.numel() for parameter in tiny_model().parameters())
+    for level, layers in zip(found["levels"], (2, 3)):  # of 6, at 0.2 and 0.4
+        assert level["removed"] == pytest.approx(layers / 6)
+        assert level["parameters"] == dense - layers * one
+
+
+@pytest.mark.slow
 def test_a_second_run_prunes_nothing(monkeypatch) -> None:
     setup = comparison(methods=["magnitude"], seeds=[0])
     first = compare.compare(setup, Path("out"), run=Runs(setup))

@@ -93,6 +93,7 @@ def test_maths_stays_free_of_hugging_face() -> None:
         "criteria/magnitude",
         "criteria/random",
         "criteria/activations",
+        "criteria/block_influence",
         "criteria/flap",
         "criteria/gate",
         "criteria/refit",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.models.layout import Block, Layout, Member
@@ -25,10 +26,6 @@ class ActivationCriterion(Criterion):
 
     needs: Needs = "activations"
 
-    def watched(self, block: Block) -> list[str]:
-        """Names of the parameters whose inputs count: those that read the block's structures."""
-        return [member.parameter for member in readers(block)]
-
     def statistics(self, inputs: torch.Tensor) -> torch.Tensor:
         """What adds up over tokens: inputs of one projection, float32 of shape ``(n, length)``, -> float32."""
         raise NotImplementedError
@@ -42,7 +39,7 @@ class ActivationCriterion(Criterion):
         handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
         try:
             for name in names:
-                handles.append(model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(self._hook(name)))
+                handles.append(self.hook(name))
             yield
         finally:
             for handle in handles:
@@ -53,12 +50,18 @@ class ActivationCriterion(Criterion):
         mask = kwargs.get("attention_mask")
         self._mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
-    def _hook(self, parameter: str) -> Any:
+    def watched(self, block: Block) -> list[str]:
+        """What is watched for a block: names under which statistics are kept."""
+        return [member.parameter for member in readers(block)]
+
+    def hook(self, name: str) -> RemovableHandle:
+        """Watches one of these: calls `see` in every forward pass that counts."""
+
         def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if module.training and torch.is_grad_enabled():
-                self.see(parameter, args[0])
+                self.see(name, args[0])
 
-        return see
+        return self.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(see)
 
     def see(self, parameter: str, inputs: torch.Tensor) -> None:
         """Takes in the inputs of one projection, shape ``(B, T, length)``, during a forward pass that counts."""

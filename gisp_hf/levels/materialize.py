@@ -31,7 +31,6 @@ from gisp_hf.levels.files import (
     read_weight_map,
 )
 from gisp_hf.levels.save import save_level
-from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory, warn_if_compensated
@@ -175,12 +174,11 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     warn_if_compensated(trajectory.config)
     multiple = channel_multiple or trajectory.config.channel_multiple
     length = trajectory.prefix(sparsity, channel_multiple=multiple)
-    reached = trajectory.sparsity_at(length, channel_multiple=multiple)
     return replace(
         trajectory,
         order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
-        steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
+        steps=tuple(step for step in trajectory.steps if step.target < sparsity - 1e-9),  # those before the level's own
     )
 
 
@@ -221,7 +219,7 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
             "the unpruned model, as it was before that run"
         )
     dense = empty_model(config, label=base.label)
-    found = discover(dense)
+    found = level.discover(dense)
     if found.identity != level.layout.identity:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
@@ -240,7 +238,8 @@ def _read_weights(
         dense, shell: the model before and after, without weights: the shapes to be read and those to be kept.
         dtype: of the result; that of the first tensor in the files if None.
     """
-    cuts = discover(dense).rows_kept(level.kept_at(len(level)))
+    layout, kept = level.discover(dense), level.kept_at(len(level))
+    cuts, renamed = layout.rows_kept(kept), layout.renamed(kept)
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
@@ -252,7 +251,9 @@ def _read_weights(
                     # All at once: among tensors that come and go, each one that stays would leave a hole behind it.
                     weights = {name: torch.empty(p.shape, dtype=dtype) for name, p in shell.named_parameters()}
                 for stored, name in names:
-                    checksum = _read_one(file, stored, into=weights[name], shape=shapes[name], cut=cuts.get(name))
+                    target = renamed.get(name, name)
+                    into = None if target is None else weights[target]
+                    checksum = _read_one(file, stored, into=into, shape=shapes[name], cut=cuts.get(name))
                     checksums.append((name, shapes[name], checksum))
                     progress.update()
     found = combine_checksums(checksums)
@@ -298,9 +299,9 @@ def _stored_tensors(base: Files) -> dict[str, str]:
 
 @torch.no_grad()
 def _read_one(
-    file: Any, stored: str, *, into: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
+    file: Any, stored: str, *, into: torch.Tensor | None, shape: tuple[int, ...], cut: Cut | None
 ) -> tuple[int, int]:
-    """Reads one tensor, leaves in ``into`` what is kept of it, and returns the checksum of all of it."""
+    """Reads one tensor, leaves in ``into`` what is kept of it (None: nothing), and returns its checksum."""
     found = tuple(file.get_slice(stored).get_shape())
     if found != shape:
         raise ValueError(f"{stored} has shape {found} in the checkpoint, its config says {shape}")
@@ -308,5 +309,6 @@ def _read_one(
     if not tensor.is_floating_point():
         raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
     checksum = tensor_checksum(tensor)
-    into.copy_(tensor if cut is None else slice_tensor(tensor, cut))
+    if into is not None:
+        into.copy_(tensor if cut is None else slice_tensor(tensor, cut))
     return checksum

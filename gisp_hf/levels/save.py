@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -67,9 +68,14 @@ def save_level(
         _remove_unfinished(folder)
         temporary.mkdir()
     try:
-        cuts = {} if sliced else layout.rows_kept(kept)
         _write_weights(
-            model, temporary, shell=shell, cuts=cuts, main_process=main_process, max_shard_size=max_shard_size
+            model,
+            temporary,
+            shell=shell,
+            cuts={} if sliced else layout.rows_kept(kept),
+            renamed={} if sliced else layout.renamed(kept),
+            main_process=main_process,
+            max_shard_size=max_shard_size,
         )
         if main_process:
             _write_rest(model, temporary, shell=shell, tokenizer=tokenizer)
@@ -111,16 +117,18 @@ def _write_weights(
     *,
     shell: PreTrainedModel,
     cuts: Rows,
+    renamed: Mapping[str, str | None],
     main_process: bool,
     max_shard_size: str | int,
 ) -> None:
     """Safetensors files of the pruned size, in the layout of ``save_pretrained``, written one after the other."""
     state_dict = model.state_dict()
+    sources = {new: old for old, new in renamed.items() if new is not None}  # name in the files -> in the model
     # The shell has no storage: it says how the files are to be split before a single weight is read. In a tied model
     # the LM head is the embedding, and is written once.
     tied = set(shell.all_tied_weights_keys)
     planned = {
-        name: torch.empty(tensor.shape, dtype=state_dict[name].dtype, device="meta")
+        name: torch.empty(tensor.shape, dtype=state_dict[sources.get(name, name)].dtype, device="meta")
         for name, tensor in shell.state_dict().items()
         if name not in tied
     }
@@ -128,9 +136,10 @@ def _write_weights(
     for filename, names in split.filename_to_tensors.items():
         tensors = {}
         for name in names:
-            tensor = whole(state_dict[name])
+            source = sources.get(name, name)
+            tensor = whole(state_dict[source])
             if main_process:
-                tensor = slice_tensor(tensor, cuts.get(name, ()))
+                tensor = slice_tensor(tensor, cuts.get(source, ()))
                 assert tensor.shape == planned[name].shape, name
                 tensors[name] = tensor.detach().cpu().contiguous()
         if main_process:

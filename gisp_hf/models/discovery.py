@@ -1,5 +1,6 @@
 """From a model to the list of its blocks, read off the shapes of its weights."""
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,7 @@ from transformers import PreTrainedModel
 
 from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection
 from gisp_hf.models.layout import KINDS, Block, Layout, Member
+from gisp_hf.models.shards import plain_parameters
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -27,23 +29,41 @@ def family_of(model: PreTrainedModel) -> Family:
     )
 
 
-def discover(model: PreTrainedModel) -> Layout:
+def discover(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Layout:
     """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
 
+    Args:
+        kinds: names of the kinds of structure to look for: some of the family's, or one whose structures are whole
+            layers. None: all of the family's, which divide its layers further.
+
     Raises:
-        ValueError: if no family fits, or the sizes of a layer contradict each other.
+        ValueError: if no family fits, the family has no such kind, or the sizes of a layer contradict each other.
     """
     family = family_of(model)
     layers = model.get_submodule(family.layers)
     numbered = list(enumerate(layers.children()))
-    blocks = tuple(
-        _block(layer, row, model=model, prefix=f"{family.layers}.{number}", number=number)
-        for number, layer in numbered
-        for row in family.blocks
-    )
+    if len(numbered) != model.config.num_hidden_layers:
+        raise ValueError(
+            f"the model has {len(numbered)} decoder layers, and its config says {model.config.num_hidden_layers}; load "
+            "it anew"
+        )
+    kinds = [row.kind for row in family.blocks] if kinds is None else kinds
+    rows = [row for row in family.blocks if row.kind in kinds]
+    whole = [kind for kind in kinds if kind in KINDS and KINDS[kind].whole]
+    if not kinds or (len(kinds) > 1 if whole else len(rows) < len(kinds)):
+        raise ValueError(
+            f"{family.model_class} has no structures of the kinds {', '.join(list(kinds)[:5]) or '(none)'}; use some "
+            f"of {', '.join(row.kind for row in family.blocks)}, or one of these alone: "
+            f"{', '.join(kind.name for kind in KINDS.values() if kind.whole)}"
+        )
+    blocks: list[Block] = []
+    for number, layer in numbered:
+        prefix = f"{family.layers}.{number}"
+        blocks += [_block(layer, row, model=model, prefix=prefix, number=number) for row in rows]
+        blocks += [_whole_layer(layer, kind, prefix=prefix, number=number) for kind in whole]
     layout = Layout(
         architecture=family.model_type,
-        blocks=blocks,
+        blocks=tuple(blocks),
         total=sum(parameter.numel() for parameter in layers.parameters()),
         num_layers=len(numbered),
     )
@@ -54,6 +74,13 @@ def discover(model: PreTrainedModel) -> Layout:
                 f"own {length}: the row of {family.model_class} in the table of families does not fit this model"
             )
     return layout
+
+
+def _whole_layer(layer: nn.Module, kind: str, *, prefix: str, number: int) -> Block:
+    """The block of one structure, which owns every parameter of the layer."""
+    parameters = dict(plain_parameters(layer))
+    members = tuple(Member(f"{prefix}.{name}", 0, parameter.shape[0]) for name, parameter in parameters.items())
+    return Block(layer=number, kind=kind, size=1, cost=sum(p.numel() for p in parameters.values()), members=members)
 
 
 def _block(layer: nn.Module, row: BlockRow, *, model: PreTrainedModel, prefix: str, number: int) -> Block:

@@ -2,9 +2,10 @@
 
 Notation used throughout: ``L`` decoder layers, ``d`` hidden size, ``I`` intermediate size, ``H`` query heads, ``K``
 key/value heads, ``h`` head dimension. A *structure* is removed as a whole: a key/value group with its ``H / K`` query
-heads, or one MLP channel. A *block* is all structures of one kind in one layer.
+heads, or one MLP channel; or a whole decoder layer. A *block* is all structures of one kind in one layer.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,6 +26,7 @@ class Kind:
         config_keys: keys of a layer's config that change when structures go. The last one counts the structures, the
             others a fixed multiple of them.
         title: of several structures, in full, for cards; ``plural`` if empty.
+        whole: whether a structure is a whole decoder layer. Of every other kind a layer keeps one structure at least.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Kind:
     plural: str
     config_keys: tuple[str, ...] = ()
     title: str = ""
+    whole: bool = False
 
 
 # Their order is that of the blocks of a layer, in which ties are broken. Other kinds are added by `register_kind`.
@@ -40,6 +43,7 @@ KINDS: dict[str, Kind] = {
         "attention", "group", "groups", ("num_attention_heads", "num_key_value_heads"), "key/value groups"
     ),
     "mlp": Kind("mlp", "channel", "channels", ("intermediate_size",), title="MLP channels"),
+    "layer": Kind("layer", "layer", "layers", ("num_hidden_layers",), title="decoder layers", whole=True),
 }
 
 
@@ -104,6 +108,11 @@ class Block:
     def name(self) -> str:
         return f"layers.{self.layer}.{self.kind}"
 
+    @property
+    def module(self) -> str:
+        """The smallest module that all members lie in."""
+        return os.path.commonprefix([member.parameter for member in self.members]).rpartition(".")[0]
+
     def to_dict(self) -> dict[str, Any]:
         facts = {"layer": self.layer, "kind": self.kind, "size": self.size, "cost": self.cost}
         facts["members"] = [member.to_dict() for member in self.members]
@@ -134,6 +143,11 @@ class Layout:
         """The kinds that occur, in the order of a layer's blocks."""
         return [kind_of(name) for name in dict.fromkeys(block.kind for block in self.blocks)]
 
+    @property
+    def whole(self) -> bool:
+        """Whether its structures are whole layers."""
+        return any(kind.whole for kind in self.kinds)
+
     def of_kind(self, name: str) -> list[int]:
         """Numbers of the blocks of one kind, in the order of layers."""
         return [number for number, block in enumerate(self.blocks) if block.kind == name]
@@ -156,9 +170,9 @@ class Layout:
         return int(member.rows(torch.tensor([self.blocks[number].size - 1])).max()) + 1
 
     def rows_kept(self, kept: Sequence[torch.Tensor]) -> dict[str, list[tuple[int, torch.Tensor]]]:
-        """The rows and columns that stay, for every parameter that loses some.
+        """The rows and columns that stay, for every parameter that loses some and not all.
 
-        Surgery, saving and materialising ask nothing else about a level.
+        Surgery, saving and materialising ask nothing else about a level, but for `renamed` where whole layers go.
 
         Args:
             kept: per block, the increasing indices of the structures that stay.
@@ -172,11 +186,32 @@ class Layout:
                 gone = torch.ones(self.blocks[number].size, dtype=torch.bool)
                 gone[kept[number]] = False
                 stays[member.rows(gone.nonzero().squeeze(1)).flatten()] = False
+            if not stays.any():
+                continue
             result.setdefault(parameter, []).append((dim, stays.nonzero().squeeze(1)))
         return result
 
+    def renamed(self, kept: Sequence[torch.Tensor]) -> dict[str, str | None]:
+        """The names that parameters of whole layers have once some layers go; None for those that go. Else empty.
+
+        The layers that stay are numbered from 0 on.
+        """
+        names: dict[str, str | None] = {}
+        number = 0
+        for block, keep in zip(self.blocks, kept):
+            if not kind_of(block.kind).whole:
+                continue
+            module = f"{block.module.rpartition('.')[0]}.{number}"
+            for member in block.members:
+                rest = member.parameter.removeprefix(block.module)
+                names[member.parameter] = module + rest if len(keep) else None
+            number += len(keep)
+        return names
+
     def reduced(self, kept: Sequence[torch.Tensor]) -> "Layout":
-        """The layout of the model that keeps only these structures.
+        """The layout of the model that keeps only these structures, block for block.
+
+        A layer that goes leaves a block of size 0 without members. Blocks keep the numbers of their layers.
 
         Raises:
             ValueError: if structures of two blocks are interleaved in one parameter and lose different ones.
@@ -195,9 +230,10 @@ class Layout:
                 raise ValueError(f"the structures of {member.parameter} are not evenly spaced once some are removed")
             return result
 
-        blocks = []
+        blocks, names = [], self.renamed(kept)
         for block, keep in zip(self.blocks, kept):
-            members = tuple(moved(member, keep) for member in block.members)
-            blocks.append(replace(block, size=len(keep), members=members))
+            members = [moved(member, keep) for member in block.members if len(keep)]
+            members = [replace(m, parameter=names.get(m.parameter) or m.parameter) for m in members]
+            blocks.append(replace(block, size=len(keep), members=tuple(members)))
         removed = sum((old.size - new.size) * old.cost for old, new in zip(self.blocks, blocks))
         return replace(self, blocks=tuple(blocks), total=self.total - removed)

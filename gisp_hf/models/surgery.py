@@ -1,4 +1,4 @@
-"""Removal of structures: set them to zero, or slice them out."""
+"""Removal of structures: set them to zero, slice them out, or take whole layers out."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +14,16 @@ from gisp_hf.models.layout import Block, Layout, kind_of
 from gisp_hf.models.shards import local_rows
 
 COMPENSATION_KEY = "compensation_bias"  # of a pruned config: see `add_compensation_biases` in modeling_gisp.py
+# Keys of configs that hold one entry for each layer.
+LAYER_LISTS = ("layer_types",)
 
 
 @torch.no_grad()
 def zero_structures(model: nn.Module, block: Block, structures: torch.Tensor) -> None:
-    """Sets every weight of the given structures (indices, shape ``(n,)``) to zero; shapes stay."""
+    """Sets every weight of the given structures (indices, shape ``(n,)``) to zero; shapes stay.
+
+    A layer of zeros adds nothing to the residual stream, so it is the same as no layer.
+    """
     for member in block.members:
         part = local_rows(model.get_parameter(member.parameter))  # of a sharded parameter, what this rank holds
         rows = member.rows(structures).flatten().to(part.tensor.device)
@@ -32,7 +37,8 @@ def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torc
     """Keeps only the given structures.
 
     The ``Parameter`` objects stay the same, so that an optimizer or a hook that holds one goes on to work; their
-    gradients are dropped, since they no longer fit. ``out_features`` and the like are set right.
+    gradients are dropped, since they no longer fit. ``out_features`` and the like are set right. Layers that go leave
+    the model: the others are numbered anew, the config follows, and the memory of the weights is freed.
 
     Args:
         layout: that of the model as it is *now*.
@@ -48,8 +54,41 @@ def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torc
     family = family_of(model)
     rows = {row.kind: row for row in family.blocks}
     for block, keep in zip(layout.blocks, kept):
-        for path, attribute in rows[block.kind].attributes if len(keep) < block.size else ():
+        for path, attribute in rows[block.kind].attributes if 0 < len(keep) < block.size else ():
             setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep))
+    if layout.whole:
+        there = [keep for block, keep in zip(layout.blocks, kept) if block.size]
+        stay = [number for number, keep in enumerate(there) if len(keep)]
+        _keep_layers(model, model.get_submodule(family.layers), stay)  # type: ignore[arg-type]
+
+
+def _keep_layers(model: PreTrainedModel, layers: nn.ModuleList, stay: Sequence[int]) -> None:
+    gone = [layer for number, layer in enumerate(layers) if number not in stay]
+    for number in reversed(range(len(layers))):
+        if number not in stay:
+            del layers[number]
+    for number, layer in enumerate(layers):
+        for module in layer.modules():
+            if "layer_idx" in vars(module):  # the place in the cache
+                module.layer_idx = number  # type: ignore[assignment]
+    _keep_layers_in_config(model.config, stay)
+    for layer in gone:
+        for parameter in layer.parameters():  # which an optimizer may hold on to
+            parameter.grad = None
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _keep_layers_in_config(config: PreTrainedConfig, stay: Sequence[int]) -> None:
+    """Turns a config, in place, into that of a model with only these layers."""
+    overrides = config.to_dict().get("per_layer_config")  # of a base that is pruned already
+    if overrides is not None:
+        config.per_layer_config = None
+    config.num_hidden_layers = len(stay)
+    for key in LAYER_LISTS:
+        if (entries := getattr(config, key, None)) is not None:
+            setattr(config, key, [entries[layer] for layer in stay])
+    if overrides is not None:
+        config.per_layer_config = {n: overrides[str(layer)] for n, layer in enumerate(stay) if str(layer) in overrides}
 
 
 def slice_tensor(tensor: torch.Tensor, cuts: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:
@@ -85,8 +124,11 @@ def set_pruned_config(
 def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) -> PreTrainedModel:
     """Gives a sliced model, in place, the class and config that describe it, so that it saves and loads like any other.
 
-    The pruned classes add nothing but a constructor to the family's, so the model object itself can change class.
+    The pruned classes add nothing but a constructor to the family's, so the model object itself can change class. A
+    model that has lost whole layers keeps its own class, and has the right config already.
     """
+    if layout.whole:
+        return model
     family = family_of(model)
     model.__class__ = family.pruned_model
     set_pruned_config(model.config, family, layout=layout, counts=counts)
@@ -95,10 +137,17 @@ def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int
 
 def pruned_shell(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) -> PreTrainedModel:
     """A model without weights (on the meta device) of the size that ``counts`` gives, with the config of ``model``."""
-    family = family_of(model)
-    config = set_pruned_config(copy.deepcopy(model.config), family, layout=layout, counts=counts)
+    family, config = family_of(model), copy.deepcopy(model.config)
+    if layout.whole:
+        names = (family.pruned_model.__name__, family.model_class)  # FSDP2 puts a class of its own before it
+        model_class = next(cls for cls in type(model).__mro__ if cls.__name__ in names)
+        if config.num_hidden_layers == layout.num_layers:  # not sliced yet
+            _keep_layers_in_config(config, [block.layer for block, count in zip(layout.blocks, counts) if count])
+    else:
+        model_class = family.pruned_model
+        set_pruned_config(config, family, layout=layout, counts=counts)
     with torch.device("meta"):
-        shell = family.pruned_model(config)
+        shell = model_class(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
 

@@ -1,10 +1,9 @@
 """The work of pruning: sums of a criterion in, structures out. No I/O, no loop, no Trainer."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -91,6 +90,7 @@ class Engine:
         self.scores: list[torch.Tensor | None] = [None] * len(layout.blocks)
         self.ranking = self.scores  # what structures are compared by
         self.passes = self._split(layer_passes)
+        self._watch_anew: Callable[[], None] | None = None
 
     def _split(self, count: int) -> list[list[int]]:
         """Block numbers of each layer pass, for the blocks that can lose anything."""
@@ -112,7 +112,7 @@ class Engine:
     def scored_parameters(self, layer_pass: int | None = None) -> list[str]:
         """Names of the parameters that belong to scored structures, of all passes or of one."""
         numbers = [n for part in self.passes for n in part] if layer_pass is None else self.passes[layer_pass]
-        names = (member.parameter for number in numbers for member in self.layout.blocks[number].members)
+        names = (member.parameter for number in numbers for member in self.now.blocks[number].members)
         return list(dict.fromkeys(names))
 
     @property
@@ -124,7 +124,8 @@ class Engine:
         """The fraction of the decoder layers' parameters that is gone."""
         return self.removed_parameters / self.layout.total
 
-    def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
+    @contextmanager
+    def watch(self, *, micro_batches: int = 0) -> Iterator[None]:
         """Lets the criterion look at the model, until the context ends: at the blocks that can lose structures.
 
         Raises:
@@ -135,10 +136,22 @@ class Engine:
                 f"method {self.config.method!r} gives levels more biases, which needs parameters that are not sharded; "
                 "use DDP or a single process, or a method without compensation"
             )
-        scored = [self.now.blocks[number] for part in self.passes for number in part]
-        layout = replace(self.now, blocks=tuple(scored))
         watchers = [w for w in (self.criterion, self.shares, self.compensation) if w is not None]
-        return _all_of([w.watch(self.model, layout, micro_batches=micro_batches) for w in watchers])
+        with ExitStack() as stack:
+
+            def watch_anew() -> None:
+                stack.close()
+                scored = [self.now.blocks[number] for part in self.passes for number in part]
+                layout = replace(self.now, blocks=tuple(block for block in scored if block.size))
+                for watcher in watchers:
+                    stack.enter_context(watcher.watch(self.model, layout, micro_batches=micro_batches))
+
+            watch_anew()
+            self._watch_anew = watch_anew
+            try:
+                yield
+            finally:
+                self._watch_anew = None
 
     def accumulate(self, layer_pass: int = 0) -> None:
         """Turns the criterion's sums of one pass into scores.
@@ -150,8 +163,10 @@ class Engine:
             NonFiniteGradientError: if something is not finite. Scores and model are as before.
             ZeroScoreError: if all scores are zero.
         """
-        numbers = self.passes[layer_pass]
-        everywhere = [number for part in self.passes for number in part]
+        numbers = [number for number in self.passes[layer_pass] if self.now.blocks[number].size]
+        if not numbers:  # every layer that may go is gone
+            return
+        everywhere = [number for part in self.passes for number in part if self.now.blocks[number].size]
         if self.shares is not None:
             seen = self._over_ranks(self.shares.sums(self.now, everywhere), self.shares.needs)
             self.offsets = self.shares.offsets(self.now, everywhere, seen)
@@ -293,17 +308,11 @@ class Engine:
             reduced = self.now.reduced(kept)
             slice_structures(self.model, self.now, kept)
             self.now = reduced
+            if self.now.whole and self._watch_anew is not None:  # layers have new names
+                self._watch_anew()
         else:
             for block, mask in zip(self.layout.blocks, fresh):
                 if mask.any():
                     zero_structures(self.model, block, mask.nonzero().squeeze(1))
         self.gone = masks
         return counts
-
-
-@contextmanager
-def _all_of(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gisp_hf.criteria.base import Criterion
+from gisp_hf.criteria.block_influence import BlockInfluence
 from gisp_hf.criteria.flap import Flap
 from gisp_hf.criteria.gate import Gate
 from gisp_hf.criteria.magnitude import Magnitude
@@ -27,6 +28,7 @@ class Method:
         layer_shares: makes what tells the shares of layers apart, with scope ``layer``; None: equal shares.
         compensation: whether saved levels have biases in the place of the mean output of removed structures. The
             removal order is the same without.
+        kinds: names of the kinds of structure that it removes; None: all that the family divides its layers into.
         description: one line for tables and help.
 
     Raises:
@@ -38,6 +40,7 @@ class Method:
     normalization: str = "params"
     num_steps: int = 80
     score_momentum: float = 0.0
+    kinds: tuple[str, ...] | None = None
     description: str = ""
     layer_shares: Callable[[], Owl] | None = None
     compensation: bool = False
@@ -107,6 +110,13 @@ METHODS: dict[str, Method] = {
         normalization="none",
         num_steps=20,
         description="second-order plus the first-order term of the layer's output (arXiv 2503.09657)",
+    ),
+    "shortgpt": Method(
+        BlockInfluence,
+        normalization="none",
+        num_steps=1,
+        kinds=("layer",),
+        description="whole layers, by 1 - cosine of a layer's input and output (ShortGPT, arXiv 2403.03853)",
     ),
 }
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gisp_hf.config import GISPConfig, protected_layers
-from gisp_hf.models.layout import Block, Layout
+from gisp_hf.models.layout import Block, Layout, kind_of
 
 
 def minimum_kept(layout: Layout, config: GISPConfig) -> list[int]:
@@ -67,12 +67,27 @@ def parameter_budget(layout: Layout, sparsity: float) -> int:
 
 
 def highest_sparsity(layout: Layout, minimum: Sequence[int], multiples: Mapping[str, int]) -> float:
-    """The sparsity that is left when every block is down at its minimum."""
+    """The sparsity with every block at its minimum. One structure of the model stays in any case."""
     gone = sum(
         (block.size - kept_structures(block, block.size - least, multiples)) * block.cost
         for block, least in zip(layout.blocks, minimum)
     )
-    return gone / layout.total
+    return min(gone, layout.total - max(block.cost for block in layout.blocks)) / layout.total
+
+
+def check_multiples(layout: Layout, multiples: Mapping[str, int]) -> None:
+    """Refuses a rounding that has nothing to round.
+
+    Raises:
+        ValueError: with the kinds of structure that there are.
+    """
+    for kind, multiple in multiples.items():
+        if multiple > 1 and not layout.of_kind(kind):
+            removed = ", ".join(kind.plural for kind in layout.kinds)
+            raise ValueError(
+                f"channel_multiple={multiple} rounds the number of {kind_of(kind).plural}, but only {removed} are "
+                "removed; leave it out"
+            )
 
 
 def check_reachable(layout: Layout, config: GISPConfig) -> None:
@@ -83,6 +98,12 @@ def check_reachable(layout: Layout, config: GISPConfig) -> None:
     """
     minimum = minimum_kept(layout, config)
     names = [kind.name for kind in layout.kinds]
+    if not any(config.prunes(name) for name in names):
+        raise ValueError(
+            f"prune={config.prune!r} leaves nothing to remove: method {config.method!r} removes {', '.join(names)}; "
+            "use prune='both', or another method"
+        )
+    check_multiples(layout, config.multiples)
     if unknown := sorted(set(config.minimum_kept) - set(names)):
         raise ValueError(f"minimum_kept names {', '.join(unknown)}, but this model has {', '.join(names)}")
     removable = sum(block.size - least for block, least in zip(layout.blocks, minimum))

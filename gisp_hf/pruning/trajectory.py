@@ -22,7 +22,7 @@ from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
 from gisp_hf.pruning.methods import METHODS
-from gisp_hf.pruning.selection import parameter_budget, removed_mask, removed_parameters
+from gisp_hf.pruning.selection import check_multiples, parameter_budget, removed_mask, removed_parameters
 from gisp_hf.untrusted import check_trajectory, read_json
 
 ORDER_FILE = "trajectory.safetensors"
@@ -112,7 +112,9 @@ class Trajectory:
         return removed_parameters(self.layout, self.order, length=length, multiples=multiples) / self.layout.total
 
     def _multiples(self, channel_multiple: int | None) -> dict[str, int]:
-        return self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
+        multiples = self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
+        check_multiples(self.layout, multiples)
+        return multiples
 
     def highest_sparsity(self, *, channel_multiple: int | None = None) -> float:
         return self.sparsity_at(len(self), channel_multiple=channel_multiple)
@@ -172,8 +174,16 @@ class Trajectory:
         kept = self.kept(sparsity, channel_multiple=channel_multiple)
         self.check_base(model)
         warn_if_compensated(self.config)
-        slice_structures(model, discover(model), kept)
+        slice_structures(model, self.discover(model), kept)
         return as_pruned_model(model, self.layout, [len(keep) for keep in kept])
+
+    def discover(self, model: PreTrainedModel) -> Layout:
+        """The blocks of a model, of the kinds that this trajectory is about.
+
+        Raises:
+            ValueError: as `gisp_hf.models.discover`.
+        """
+        return discover(model, [kind.name for kind in self.layout.kinds])
 
     def check_base(self, model: PreTrainedModel) -> None:
         """Refuses a model other than the one this trajectory was made from.
@@ -181,7 +191,7 @@ class Trajectory:
         Raises:
             ValueError: if the structure or the weights differ; the message says which.
         """
-        found = discover(model)
+        found = self.discover(model)
         if found.identity != self.layout.identity:
             raise ValueError(
                 f"this trajectory was made from {self.base.id} ({self.layout.architecture}, {self.layout.num_layers} "

@@ -21,6 +21,7 @@ from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.models.surgery import as_pruned_model
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
+from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
 from gisp_hf.training.checks import check_arguments, check_model, check_run_length
@@ -260,7 +261,8 @@ class PruningCallback(TrainerCallback):
                 "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_passes=self.layer_passes)
+        layout = discover(model, find_method(self.config.method).kinds)
+        self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes)
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
             self._mode = CalibrationMode(model)
@@ -441,9 +443,8 @@ class PruningCallback(TrainerCallback):
             )
         if not is_sharded(model.parameters()):  # the Trainer has loaded the zeros into a sharded model already
             before.check_base(model)
-        for sparsity in self.config.sparsity_levels:
-            reached = before.highest_sparsity() >= sparsity - 1e-9
-            if reached and not self._level_folder(sparsity).is_dir():
+        for sparsity in self._levels_of(before):
+            if not self._level_folder(sparsity).is_dir():
                 raise ValueError(
                     f"the checkpoint is beyond {level_name(sparsity)}, but {self._level_folder(sparsity)} is gone; put "
                     "it back or start anew"
@@ -456,10 +457,14 @@ class PruningCallback(TrainerCallback):
         self._steps = list(before.steps)
         folder = checkpoint_folder(str(args.output_dir), state.global_step)
         self.engine.restore(before.order, load_averages(folder, before))
-        for sparsity in self.config.sparsity_levels:
-            if before.highest_sparsity() >= sparsity - 1e-9:
-                folder = self._level_folder(sparsity)
-                self.levels[sparsity] = Level(sparsity, Trajectory.load(folder), model, folder)
+        for sparsity in self._levels_of(before):
+            folder = self._level_folder(sparsity)
+            self.levels[sparsity] = Level(sparsity, Trajectory.load(folder), model, folder)
+
+    def _levels_of(self, before: Trajectory) -> list[float]:
+        """The levels that its steps aimed at. Whole layers can go beyond a level before its step has come."""
+        target = before.steps[-1].target if before.steps else 0.0
+        return [sparsity for sparsity in self.config.sparsity_levels if sparsity <= target + 1e-9]
 
 
 def move_before_trackers(callback: TrainerCallback, handler: CallbackHandler | None) -> None:
@@ -483,9 +488,10 @@ def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
 def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:
     """Gives a model that has lost structures the class and config that say so; an unchanged one stays as it is."""
     try:
-        sizes = [block.size for block in discover(model).blocks]  # read off the weights, as they are
+        found = discover(model, engine.method.kinds)  # read off the weights, as they are
     except ValueError as error:  # interrupted between two parameters of one block
         logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
         return
+    sizes = [block.size for block in found.blocks]
     if sizes != [block.size for block in engine.layout.blocks]:
         as_pruned_model(model, engine.layout, sizes)

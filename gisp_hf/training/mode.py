@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
@@ -40,11 +40,16 @@ class CalibrationMode:
     def freeze_all_but(self, names: Iterable[str]) -> None:
         """Gives exactly the named parameters a gradient; at the end, every parameter its own flag and no gradient."""
         flags = {name: parameter.requires_grad for name, parameter in plain_parameters(self.model)}
+        # Weak: a wrapper that puts sharded parameters in the place of these frees them.
+        same = [(ref(parameter), parameter.requires_grad) for _, parameter in plain_parameters(self.model)]
 
         def give_back() -> None:
             for name, parameter in plain_parameters(self.model):
                 parameter.requires_grad_(flags.get(name, parameter.requires_grad))
                 parameter.grad = None
+            for reference, flag in same:  # once a layer is gone, another has its names
+                if (found := reference()) is not None:
+                    found.requires_grad_(flag)
 
         self.on_close(give_back)
         self.require_gradients(names)
