@@ -124,8 +124,7 @@ class Engine:
         """The fraction of the decoder layers' parameters that is gone."""
         return self.removed_parameters / self.layout.total
 
-    @contextmanager
-    def watch(self, *, micro_batches: int = 0) -> Iterator[None]:
+    def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[None]:
         """Lets the criterion look at the model, until the context ends: at the blocks that can lose structures.
 
         Raises:
@@ -136,6 +135,10 @@ class Engine:
                 f"method {self.config.method!r} gives levels more biases, which needs parameters that are not sharded; "
                 "use DDP or a single process, or a method without compensation"
             )
+        return self._watch(micro_batches)
+
+    @contextmanager
+    def _watch(self, micro_batches: int) -> Iterator[None]:
         watchers = [w for w in (self.criterion, self.shares, self.compensation) if w is not None]
         with ExitStack() as stack:
 
