@@ -258,6 +258,7 @@ def _render(
         public=public,
         architecture=trajectory.layout.architecture,
         heads=_heads_per_group(trajectory),
+        uniform=trajectory.config.uniform,
         fingerprint=base.fingerprint,
         method=trajectory.config.method,
         num_steps=trajectory.config.num_steps,

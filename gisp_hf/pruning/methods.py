@@ -21,7 +21,7 @@ class Method:
     Attributes:
         criterion: makes the criterion of a run.
         scope: ``model`` ranks all structures in one list; ``layer`` takes the same fraction from every block.
-        normalization, num_steps: what `GISPConfig` uses where its own fields are None.
+        normalization, num_steps, layout: what `GISPConfig` uses where its own fields are None.
         description: one line for tables and help.
     """
 
@@ -29,11 +29,15 @@ class Method:
     scope: Literal["model", "layer"] = "model"
     normalization: str = "params"
     num_steps: int = 80
+    layout: Literal["free", "uniform"] = "free"
     description: str = ""
 
 
 METHODS: dict[str, Method] = {
     "gisp": Method(Taylor, description="first-order Taylor, one ranking, many steps (arXiv 2510.18030)"),
+    "gisp-uniform": Method(
+        Taylor, layout="uniform", description="as gisp, all layers of one size: levels are plain checkpoints"
+    ),
     "one-shot": Method(Taylor, num_steps=1, description="the score of gisp, all structures removed at once"),
     "magnitude": Method(Magnitude, num_steps=1, description="mean size of a structure's weights"),
     "random": Method(Random, normalization="none", num_steps=1, description="random structures, fixed seed"),
