@@ -157,7 +157,9 @@ def random_trajectory(dense: PreTrainedModel, *, end: float) -> Trajectory:
     return Trajectory(layout=layout, order=tuple(order), config=config, base=Base("random", None, ""))
 
 
-def measure_shape(shape: str, *, levels: Sequence[float], repeats: int) -> list[dict[str, Any]]:
+def measure_shape(
+    shape: str, *, levels: Sequence[float], repeats: int, prompt_tokens: int = 512, new_tokens: int = 64
+) -> list[dict[str, Any]]:
     """Prefill and decode at batch sizes 1 and 16; weights are random, in bfloat16 on a GPU and float32 elsewhere."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.bfloat16 if device.type != "cpu" else torch.float32
@@ -182,7 +184,12 @@ def measure_shape(shape: str, *, levels: Sequence[float], repeats: int) -> list[
             models[str(multiple)] = build(pruned_shell(dense, trajectory.layout, counts))
         for batch_size in (1, 16):
             rows += speed_rows(
-                models, level=level, batch_size=batch_size, prompt_tokens=512, new_tokens=64, repeats=repeats
+                models,
+                level=level,
+                batch_size=batch_size,
+                prompt_tokens=prompt_tokens,
+                new_tokens=new_tokens,
+                repeats=repeats,
             )
         del models  # before those of the next level are built
     return rows

@@ -1,0 +1,100 @@
+"""The benchmark of sizes on a tiny model and tiny texts: everything but the size is real."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoModelForCausalLM
+
+from gisp_hf import Trajectory
+from gisp_hf.evaluation import perplexity
+from gisp_hf.models import discover
+from gisp_hf.models.surgery import pruned_shell
+from recipes import benchmark_sizes, demo_data
+from recipes.benchmark_sizes import main, measure_shape, random_trajectory, run, write_report
+from recipes.compare import Comparison
+from tests.test_compare import SMALL, words
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SETUP = Comparison(
+    **{key: tuple(value) if isinstance(value, list) else value for key, value in SMALL.items() if key != "fast"}
+    | {"methods": ("gisp",), "levels": (0.2, 0.3), "dtype": "float32"}
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a tiny model and three domains of different words; multiples that suit its 24 channels."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    bounds = {"wikipedia": (4, 40), "news": (20, 60), "code": (40, 64)}
+    texts = {name: [words(seed, *bounds[name]) for seed in range(8)] for name in bounds}
+    for name in bounds:
+        monkeypatch.setitem(demo_data.DOMAINS, name, lambda name=name: texts[name])
+    monkeypatch.setattr(benchmark_sizes, "MULTIPLES", (1, 4))
+    monkeypatch.setattr(benchmark_sizes, "BEYOND", 0.15)
+    tiny_model().save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_multiple_is_cut_from_one_run_and_measured(here, monkeypatch, capsys) -> None:
+    pytest.importorskip("matplotlib")
+    text = run(SETUP, Path("out"), work=Path("work"), repeats=1)
+    results = json.loads(Path("out/results.json").read_text())
+    trajectory = Trajectory.load("out")
+    assert trajectory.config.sparsity_levels == (0.2, 0.3, 0.45) and not list(Path("work").glob("levels*/sparsity*"))
+    rows = {(row["level"], row["multiple"]): row for row in results["perplexity"]}
+    assert list(rows) == [(0.0, None), (0.2, 1), (0.2, 4), (0.3, 1), (0.3, 4)]
+    held_out = {
+        name: demo_data.held_out_tokens(load()[3::4], tiny_tokenizer(), count=256)
+        for name, load in demo_data.DOMAINS.items()
+    }
+
+    def mean(sparsity: float, multiple: int) -> float:
+        model = trajectory.apply(tiny_model(), sparsity=sparsity, channel_multiple=multiple)
+        sizes = [block.size % multiple for block in discover(model).blocks if block.kind == "mlp"]
+        assert not any(sizes)
+        found = [perplexity(model, tokens, window=64) for tokens in held_out.values()]
+        return math.prod(found) ** (1 / 3)
+
+    for (level, multiple), row in list(rows.items())[1:]:
+        assert row["reached"] >= level
+        assert row["geometric_mean"] == pytest.approx(mean(level, multiple), rel=1e-5)
+        expected = mean(level, multiple) / mean(row["reached"], 1) - 1
+        assert row["cost"] == pytest.approx(0 if multiple == 1 else expected, abs=1e-5)
+    assert [(row["level"], row["model"]) for row in results["speed"]] == [
+        (level, name) for level in (0.2, 0.3) for name in ("dense", "1", "4")
+    ]
+    for row in results["speed"]:
+        same = {other["model"]: other for other in results["speed"] if other["level"] == row["level"]}
+        assert row["prefill_to_one"] == pytest.approx(row["prefill"] / same["1"]["prefill"])
+        assert row["decode_to_dense"] == pytest.approx(row["decode"] / same["dense"]["decode"])
+    assert Path("out/sizes.png").stat().st_size > 10_000 and Path("out/results.md").read_text() == text
+
+    before = {name: Path(f"out/{name}").read_bytes() for name in ("trajectory.json", "trajectory.safetensors")}
+    monkeypatch.setattr(benchmark_sizes, "make_trajectory", None)  # speed alone does not prune
+    run(SETUP, Path("out"), work=Path("work"), repeats=1, speed_only=True)
+    again = json.loads(Path("out/results.json").read_text())
+    assert again["perplexity"] == results["perplexity"] and again["speed"] != results["speed"]
+    assert all(Path(f"out/{name}").read_bytes() == data for name, data in before.items())
+    assert write_report(Path("out")) == Path("out/results.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_shape_is_measured_without_any_weights(here, capsys) -> None:
+    rows = measure_shape("tiny", levels=(0.3,), repeats=1, prompt_tokens=8, new_tokens=2)
+    assert [(row["batch_size"], row["model"]) for row in rows] == [(b, n) for b in (1, 16) for n in ("dense", "1", "4")]
+    dense = AutoModelForCausalLM.from_pretrained("model")
+    trajectory = random_trajectory(dense, end=0.45)
+    for multiple in (1, 4):
+        counts = [len(keep) for keep in trajectory.kept(0.3, channel_multiple=multiple)]
+        shell = pruned_shell(dense, trajectory.layout, counts)
+        assert 1 - discover(shell).total / discover(dense).total >= 0.3
+        assert [block.size for block in discover(shell).blocks] == counts
+    main(["--shape", "tiny", "--repeats", "1", "--output-dir", "shapes"])
+    assert json.loads(Path("shapes/tiny.json").read_text())["shape"] == "tiny"
+    assert "prefill, tokens/s" in capsys.readouterr().out
