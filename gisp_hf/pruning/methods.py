@@ -35,9 +35,6 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "gisp": Method(Taylor, description="first-order Taylor, one ranking, many steps (arXiv 2510.18030)"),
-    "gisp-uniform": Method(
-        Taylor, layout="uniform", description="as gisp, all layers of one size: levels are plain checkpoints"
-    ),
     "one-shot": Method(Taylor, num_steps=1, description="the score of gisp, all structures removed at once"),
     "magnitude": Method(Magnitude, num_steps=1, description="mean size of a structure's weights"),
     "random": Method(Random, normalization="none", num_steps=1, description="random structures, fixed seed"),
@@ -51,6 +48,9 @@ METHODS: dict[str, Method] = {
     # Without a normalisation for now: dividing by parameters removes far too many heads.
     "gisp-activation": Method(
         Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
+    ),
+    "gisp-uniform": Method(
+        Taylor, layout="uniform", description="as gisp, all layers of one size: levels are plain checkpoints"
     ),
     "flap": Method(
         Flap,
