@@ -70,6 +70,22 @@ def cut(base: PreTrainedModel, trajectory: Trajectory, level: float, multiple: i
     return trajectory.apply(copy.deepcopy(base), sparsity=level, channel_multiple=multiple)
 
 
+def load_held_out(tokenizer: PreTrainedTokenizerBase, setup: Comparison) -> dict[str, torch.Tensor]:
+    """Domain -> tokens that no calibration set holds."""
+    return {
+        name: held_out_tokens(load_domain(name).held_out, tokenizer, count=setup.evaluation_tokens) for name in DOMAINS
+    }
+
+
+def measure_one(model: PreTrainedModel, held_out: Mapping[str, torch.Tensor], *, window: int) -> dict[str, Any]:
+    """Parameters, perplexity of each domain and their geometric mean."""
+    found = {
+        name: perplexity(model, tokens, window=window, batch_size=EVALUATION_BATCH) for name, tokens in held_out.items()
+    }
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": parameters, "perplexity": found, "geometric_mean": geometric_mean(found)}
+
+
 def measure_perplexity(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trajectory: Trajectory, setup: Comparison
 ) -> list[dict[str, Any]]:
@@ -77,17 +93,10 @@ def measure_perplexity(
 
     ``cost`` is the geometric mean over that of multiple 1 cut at the sparsity that this multiple reached, less 1.
     """
-    held_out = {
-        name: held_out_tokens(load_domain(name).held_out, tokenizer, count=setup.evaluation_tokens) for name in DOMAINS
-    }
+    held_out = load_held_out(tokenizer, setup)
 
     def measure(model: PreTrainedModel) -> dict[str, Any]:
-        found = {
-            name: perplexity(model, tokens, window=setup.window, batch_size=EVALUATION_BATCH)
-            for name, tokens in held_out.items()
-        }
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        return {"parameters": parameters, "perplexity": found, "geometric_mean": geometric_mean(found)}
+        return measure_one(model, held_out, window=setup.window)
 
     rows = [{"level": 0.0, "multiple": None, "reached": 0.0, **measure(base), "cost": None}]
     for level in setup.levels:
@@ -286,6 +295,13 @@ def run(setup: Comparison, folder: Path, *, work: Path = WORK, speed_only: bool 
     return write_report(folder)
 
 
+def read_setup(model: str, dtype: str | None) -> Comparison:
+    """The settings of ``recipes.compare --fast``, with the levels of this recipe."""
+    dtype = dtype or str(fast_dtype()).removeprefix("torch.")
+    changes = {"models": [model], "methods": ["gisp"], "levels": list(LEVELS), "dtype": dtype}
+    return read_config(CONFIG, fast=True, changes=changes)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Perplexity and speed of levels, by channel_multiple.")
     parser.add_argument("--model", default="smollm2", help="smollm2 (default), or a folder or Hub id")
@@ -310,9 +326,7 @@ def main(argv: Sequence[str]) -> None:
         write_text_atomic(folder / f"{options.shape}.json", json.dumps(result, indent=1) + "\n")
         print(speed_table(rows))
     else:
-        dtype = options.dtype or str(fast_dtype()).removeprefix("torch.")
-        changes = {"models": [options.model], "methods": ["gisp"], "levels": list(LEVELS), "dtype": dtype}
-        setup = read_config(CONFIG, fast=True, changes=changes)
+        setup = read_setup(options.model, options.dtype)
         print(run(setup, folder, speed_only=options.speed, repeats=options.repeats))
 
 

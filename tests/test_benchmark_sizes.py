@@ -6,16 +6,19 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from gisp_hf import Trajectory
 from gisp_hf.evaluation import perplexity
 from gisp_hf.models import discover
 from gisp_hf.models.surgery import pruned_shell
-from recipes import benchmark_sizes, demo_data
+from recipes import benchmark_sizes, demo_data, knapsack_rounding
 from recipes.benchmark_sizes import main, measure_shape, random_trajectory, run, write_report
 from recipes.compare import Comparison
+from recipes.knapsack_rounding import in_multiples
 from tests.test_compare import SMALL, words
+from tests.test_selection import toy_layout
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SETUP = Comparison(
@@ -83,6 +86,18 @@ def test_every_multiple_is_cut_from_one_run_and_measured(here, monkeypatch, caps
     assert all(Path(f"out/{name}").read_bytes() == data for name, data in before.items())
     assert write_report(Path("out")) == Path("out/results.md").read_text()
 
+    found = knapsack_rounding.run(SETUP, Path("out"), multiples=(1, 4))
+    for row in found:
+        assert row["up"] == pytest.approx(rows[row["level"], row["multiple"]]["geometric_mean"], rel=1e-5)
+        assert row["up_cost"] == pytest.approx(rows[row["level"], row["multiple"]]["cost"], abs=1e-5)
+        order = knapsack_rounding.with_knapsack(trajectory, row["multiple"])
+        assert row["knapsack_reached"] == order.sparsity_at(
+            order.prefix(row["level"], channel_multiple=row["multiple"]), channel_multiple=row["multiple"]
+        )
+        if row["multiple"] == 1:
+            assert row["knapsack"] == pytest.approx(row["up"], rel=1e-5)
+    assert json.loads(Path("out/knapsack.json").read_text()) == found
+
 
 @pytest.mark.slow
 def test_a_shape_is_measured_without_any_weights(here, capsys) -> None:
@@ -98,3 +113,20 @@ def test_a_shape_is_measured_without_any_weights(here, capsys) -> None:
     main(["--shape", "tiny", "--repeats", "1", "--output-dir", "shapes"])
     assert json.loads(Path("shapes/tiny.json").read_text())["shape"] == "tiny"
     assert "prefill, tokens/s" in capsys.readouterr().out
+
+
+def test_the_knapsack_takes_items_by_their_mean_position() -> None:
+    layout = toy_layout(sizes=((2, 5), (2, 5)))
+    order = [
+        torch.tensor(positions, dtype=torch.int32)
+        for positions in ([1, -1], [0, 4, 5, 9, 2], [-1, -1], [3, 6, 7, 8, -1])
+    ]
+    # items leave 4, 2, 0 channels, with means 0, 3, 7 in block 1 and 3, 6.5 in block 3, where one channel is left over
+    found = in_multiples(layout, order, {"mlp": 2})
+    expected = [(1, [0]), (0, [0]), (1, [4, 1]), (3, [0]), (3, [1, 2]), (1, [2, 3]), (3, [3])]
+    flat = [(number, index) for number, item in expected for index in item]
+    assert [int(found[number][index]) for number, index in flat] == list(range(len(flat)))
+    assert [int((positions >= 0).sum()) for positions in found] == [1, 5, 0, 4]
+    again = in_multiples(layout, found, {"mlp": 2})
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    assert all(torch.equal(a, b) for a, b in zip(in_multiples(layout, order, {}), order))

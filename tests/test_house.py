@@ -100,7 +100,6 @@ def test_maths_stays_free_of_hugging_face() -> None:
         "pruning/methods",
         "pruning/normalization",
         "pruning/schedule",
-        "pruning/rounding",
         "pruning/selection",
         "pruning/uniform",
         "losses/objectives",
