@@ -12,7 +12,9 @@ trajectory.*, results.json, results.md and sizes.png to recipes/results/sizes.
 
 import argparse
 import copy
+import functools
 import json
+import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from gisp_hf.atomic import write_text_atomic
 from gisp_hf.evaluation import measure_speed, perplexity
 from gisp_hf.models import discover
 from gisp_hf.models.dtype import fast_dtype
-from gisp_hf.models.surgery import pruned_shell
+from gisp_hf.models.surgery import as_pruned_model, pruned_shell, slice_structures
 from gisp_hf.pruning.selection import minimum_kept, parameter_budget, select
 from gisp_hf.pruning.trajectory import Base
 from gisp_hf.report import format_table
@@ -70,6 +72,28 @@ def cut(base: PreTrainedModel, trajectory: Trajectory, level: float, multiple: i
     return trajectory.apply(copy.deepcopy(base), sparsity=level, channel_multiple=multiple)
 
 
+def cut_at(base: PreTrainedModel, trajectory: Trajectory, length: int) -> PreTrainedModel:
+    """A copy of ``base`` without the first ``length`` structures of the order, channels not rounded."""
+    model, kept = copy.deepcopy(base), trajectory.kept_at(length, channel_multiple=1)
+    slice_structures(model, discover(model), kept)
+    return as_pruned_model(model, trajectory.layout, [len(keep) for keep in kept])
+
+
+def bracket(trajectory: Trajectory, sparsity: float) -> dict[int, float]:
+    """The lengths of the order just below and at a sparsity, with weights for an interpolation; multiple 1.
+
+    One group of heads can be a tenth of a percent of the model: the length that reaches a sparsity may pass it. One
+    length alone is given where it is met to a hundredth of a percent.
+    """
+    length = trajectory.prefix(sparsity, channel_multiple=1)
+    above = trajectory.sparsity_at(length, channel_multiple=1)
+    if above - sparsity < 1e-4:
+        return {length: 1.0}
+    below = trajectory.sparsity_at(length - 1, channel_multiple=1)
+    weight = (sparsity - below) / (above - below)
+    return {length - 1: 1 - weight, length: weight}
+
+
 def load_held_out(tokenizer: PreTrainedTokenizerBase, setup: Comparison) -> dict[str, torch.Tensor]:
     """Domain -> tokens that no calibration set holds."""
     return {
@@ -91,12 +115,20 @@ def measure_perplexity(
 ) -> list[dict[str, Any]]:
     """A row for the unpruned model, and one for each level and multiple.
 
-    ``cost`` is the geometric mean over that of multiple 1 cut at the sparsity that this multiple reached, less 1.
+    ``cost`` is the geometric mean over that of multiple 1 at the sparsity that this multiple reached, less 1; where no
+    cut of multiple 1 has that sparsity, logarithms are interpolated between the two beside it.
     """
     held_out = load_held_out(tokenizer, setup)
 
     def measure(model: PreTrainedModel) -> dict[str, Any]:
         return measure_one(model, held_out, window=setup.window)
+
+    @functools.cache
+    def unrounded(length: int) -> float:
+        return measure(cut_at(base, trajectory, length))["geometric_mean"]
+
+    def equal(sparsity: float) -> float:
+        return math.prod(unrounded(length) ** weight for length, weight in bracket(trajectory, sparsity).items())
 
     rows = [{"level": 0.0, "multiple": None, "reached": 0.0, **measure(base), "cost": None}]
     for level in setup.levels:
@@ -105,8 +137,7 @@ def measure_perplexity(
             reached = trajectory.sparsity_at(length, channel_multiple=multiple)
             row = {"level": level, "multiple": multiple, "reached": reached}
             row |= measure(cut(base, trajectory, level, multiple))
-            equal = row if multiple == 1 else measure(cut(base, trajectory, reached, 1))
-            row["cost"] = row["geometric_mean"] / equal["geometric_mean"] - 1
+            row["cost"] = 0.0 if multiple == 1 else row["geometric_mean"] / equal(reached) - 1
             rows.append(row)
             print(f"level {level:g}, multiple {multiple}: {row['geometric_mean']:.2f}, {row['cost']:+.2%}", flush=True)
     return rows

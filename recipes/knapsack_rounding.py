@@ -6,19 +6,22 @@
 Writes knapsack.json to recipes/results/sizes.
 """
 
+import functools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gisp_hf import Trajectory
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.models.layout import Layout
 from gisp_hf.report import format_table
-from recipes.benchmark_sizes import RESULTS, cut, load_held_out, measure_one, read_setup
+from recipes.benchmark_sizes import RESULTS, bracket, cut, cut_at, load_held_out, measure_one, read_setup
 from recipes.compare import Comparison, load_model
 
 MULTIPLES = (64, 128)
@@ -80,9 +83,15 @@ def run(setup: Comparison, folder: Path, *, multiples: Sequence[int] = MULTIPLES
     base, tokenizer = load_model(setup.models[0], getattr(torch, setup.dtype))
     held_out = load_held_out(tokenizer, setup)
 
-    def measure(trajectory: Trajectory, sparsity: float, multiple: int) -> float:
-        model = cut(base, trajectory, sparsity, multiple)
+    def measure(model: PreTrainedModel) -> float:
         return measure_one(model, held_out, window=setup.window)["geometric_mean"]
+
+    @functools.cache
+    def unrounded(length: int) -> float:
+        return measure(cut_at(base, trajectory, length))
+
+    def equal(sparsity: float) -> float:
+        return math.prod(unrounded(length) ** weight for length, weight in bracket(trajectory, sparsity).items())
 
     rows = []
     for level in setup.levels:
@@ -91,12 +100,8 @@ def run(setup: Comparison, folder: Path, *, multiples: Sequence[int] = MULTIPLES
             for name, order in (("up", trajectory), ("knapsack", with_knapsack(trajectory, multiple))):
                 length = order.prefix(level, channel_multiple=multiple)
                 reached = order.sparsity_at(length, channel_multiple=multiple)
-                mean = measure(order, level, multiple)
-                row |= {
-                    f"{name}_reached": reached,
-                    name: mean,
-                    f"{name}_cost": mean / measure(trajectory, reached, 1) - 1,
-                }
+                mean = measure(cut(base, order, level, multiple))
+                row |= {f"{name}_reached": reached, name: mean, f"{name}_cost": mean / equal(reached) - 1}
             rows.append(row)
             print(row, flush=True)
     write_text_atomic(folder / "knapsack.json", json.dumps(rows, indent=1) + "\n")
