@@ -14,6 +14,8 @@ from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 
 Normalization = Literal["params", "root", "reference", "standardized", "none"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("params", "root", "reference", "standardized", "none")
+LayoutName = Literal["free", "uniform"]
+LAYOUTS: tuple[LayoutName, ...] = ("free", "uniform")
 # What `prune` may say besides the name of a kind -> the kinds that are pruned; None: all.
 PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention",), "channels": ("mlp",)}
 
@@ -70,13 +72,18 @@ class GISPConfig:
         metadata={"help": "What to remove: heads, channels or both; or the name of one kind of structure."},
     )
     protect_first: float = field(
-        default=0.1,
+        default=None,  # type: ignore[assignment]  # filled in below
         metadata={
-            "help": "First layers never pruned: a fraction of the layers if below 1 (rounded down), else a count."
+            "help": "First layers never pruned: a fraction of the layers if below 1 (rounded down), else a count. "
+            "Default: 0.1; 0 with layout=uniform."
         },
     )
     protect_last: float = field(
-        default=1, metadata={"help": "Last layers never pruned: a fraction of the layers if below 1, else a count."}
+        default=None,  # type: ignore[assignment]  # filled in below
+        metadata={
+            "help": "Last layers never pruned: a fraction of the layers if below 1, else a count. Default: 1; 0 with "
+            "layout=uniform."
+        },
     )
     minimum_kept: dict[str, int] = field(
         default_factory=dict,
@@ -95,6 +102,13 @@ class GISPConfig:
         default="gisp",
         metadata={"help": f"How structures are scored and chosen: {', '.join(METHODS)}."},
     )
+    layout: LayoutName = field(
+        default=None,  # type: ignore[arg-type]  # filled in below
+        metadata={
+            "help": "Sizes of layers: free (each its own), or uniform: all layers keep the same numbers of groups and "
+            "channels, so that levels are plain checkpoints of the family. Default: the method's own, free for gisp."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity_levels, (int, float)):
@@ -102,7 +116,8 @@ class GISPConfig:
         object.__setattr__(self, "sparsity_levels", tuple(float(level) for level in self.sparsity_levels))
         self._check_levels()
         self._fill_in_method()
-        choices = {"schedule": SCHEDULES, "normalization": NORMALIZATIONS, "prune": (*PRUNE, *KINDS)}
+        choices: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "normalization": NORMALIZATIONS}
+        choices |= {"prune": (*PRUNE, *KINDS), "layout": LAYOUTS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -126,6 +141,11 @@ class GISPConfig:
                 raise ValueError(f"{name} must be a fraction in [0, 1) or a whole number of layers, got {value!r}")
             if value >= 1 and value != int(value):
                 raise ValueError(f"{name} must be a fraction in [0, 1) or a whole number of layers, got {value!r}")
+            if value and self.uniform:
+                raise ValueError(
+                    f"{name}={value:g} keeps layers at full size, and layout='uniform' gives all layers one size; "
+                    f"leave {name} out, or use layout='free'"
+                )
 
     def _check_levels(self) -> None:
         levels = self.sparsity_levels
@@ -148,9 +168,12 @@ class GISPConfig:
         Before a run, `gisp_hf.pruning.methods.find_method` refuses it.
         """
         method = METHODS.get(self.method, METHODS["gisp"])
-        for name in ("num_steps", "normalization", "score_momentum"):
+        for name in ("num_steps", "normalization", "score_momentum", "layout"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, getattr(method, name))
+        for name, usual in (("protect_first", 0.1), ("protect_last", 1)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, 0 if self.uniform else usual)
 
     def prunes(self, kind: str) -> bool:
         """Whether structures of this kind may go."""
@@ -170,6 +193,11 @@ class GISPConfig:
     def min_channels(self) -> int:
         warn_renamed("GISPConfig.min_channels", "GISPConfig.minimum_kept['mlp']")
         return self.minimum_of("mlp")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers keep the same number of structures of a kind."""
+        return self.layout == "uniform"
 
     @property
     def multiples(self) -> dict[str, int]:

@@ -193,6 +193,10 @@ def check_layout(facts: Mapping[str, Any]) -> None:
             _check_member(check_object(member, f"{place}.members[{index}]"), f"{place}.members[{index}]")
         _check_plain({key: value for key, value in block.items() if key != "members"}, place)
     check_whole(structures, "the number of structures in all blocks", most=STRUCTURES)
+    for kind, sizes in check_object(facts.get("plain_sizes", {}), "plain_sizes").items():
+        place = f"plain_sizes.{check_text(kind, 'a key of plain_sizes')}"
+        for size in check_list(sizes, place, longest=BLOCKS):
+            check_whole(size, f"an entry of {place}", least=1, most=SIZE)
 
 
 def _check_member(member: Mapping[str, Any], place: str) -> None:

@@ -102,6 +102,7 @@ def test_maths_stays_free_of_hugging_face() -> None:
         "pruning/normalization",
         "pruning/schedule",
         "pruning/selection",
+        "pruning/uniform",
         "losses/objectives",
         "losses/chunked",
     ):

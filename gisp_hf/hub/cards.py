@@ -258,7 +258,8 @@ def _render(
         public=public,
         architecture=trajectory.layout.architecture,
         # Fewer layers alone need no code of ours; layers of a base that was pruned before may differ in size.
-        plain=trajectory.layout.whole and len({block.cost for block in trajectory.layout.blocks}) == 1,
+        plain=trajectory.config.uniform
+        or (trajectory.layout.whole and len({block.cost for block in trajectory.layout.blocks}) == 1),
         heads=_heads_per_group(trajectory),
         fingerprint=base.fingerprint,
         method=trajectory.config.method,

@@ -59,6 +59,18 @@ class Family:
     layers: str = "model.layers"
     blocks: tuple[BlockRow, ...] = ()
 
+    @property
+    def plain_model(self) -> type[PreTrainedModel]:
+        """The family's own class, for models whose layers are of one size."""
+        return next(cls for cls in self.pruned_model.__mro__ if cls.__name__ == self.model_class)
+
+    @property
+    def plain_config(self) -> type[PreTrainedConfig]:
+        """The config class of ``plain_model``."""
+        found = self.plain_model.config_class
+        assert found is not None
+        return found
+
 
 ATTENTION = BlockRow(
     kind="attention",

@@ -7,7 +7,7 @@ heads, or one MLP channel; or a whole decoder layer. A *block* is all structures
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -125,12 +125,17 @@ class Layout:
 
     ``total`` counts all parameters of the decoder layers, norms included; embeddings, the final norm and the LM head
     are not counted, as in the paper.
+
+    ``plain_sizes``: kind -> the numbers of its structures, increasing, with which the family's own class loads if all
+    layers have that number; a kind that is not in it may have any. Known only where layers of one size are asked for
+    (`gisp_hf.models.plain`).
     """
 
     architecture: str
     blocks: tuple[Block, ...]
     total: int
     num_layers: int
+    plain_sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def identity(self) -> tuple[Any, ...]:

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from gisp_hf.models.discovery import family_of
 from gisp_hf.models.families import Family
-from gisp_hf.models.layout import Block, Layout, kind_of
+from gisp_hf.models.layout import Block, Layout
+from gisp_hf.models.plain import layer_sizes, name_head_dim, plain_config
 from gisp_hf.models.shards import local_rows
 
 COMPENSATION_KEY = "compensation_bias"  # of a pruned config: see `add_compensation_biases` in modeling_gisp.py
@@ -103,19 +104,26 @@ def set_pruned_config(
 ) -> PreTrainedConfig:
     """Turns a config, in place, into that of the pruned model.
 
+    Where all layers have one size that the family's own class takes, it becomes a plain config of the family; otherwise
+    the sizes stand in ``per_layer_config``.
+
     Args:
         layout: that of the unpruned model; ``config`` may be pruned already.
         counts: structures that are left in each block.
     """
-    if getattr(config, "head_dim", None) is None:  # derived from sizes that are about to differ between layers
-        config.head_dim = config.hidden_size // config.num_attention_heads
-    overrides: dict[int | str, dict[str, int]] = {}
-    for block, count in zip(layout.blocks, counts):
-        layer = config.per_layer_config[block.layer]
-        sizes = overrides.setdefault(block.layer, {})
-        keys = kind_of(block.kind).config_keys
-        for key in keys:
-            sizes[key] = getattr(layer, key) // getattr(layer, keys[-1]) * count
+    name_head_dim(config)
+    overrides: dict[int | str, dict[str, int]] = {layer: {} for layer in range(layout.num_layers)}
+    for number, (block, count) in enumerate(zip(layout.blocks, counts)):
+        overrides[block.layer] |= layer_sizes(config, layout, number, count)
+    first = overrides[0]
+    # A plain class has no place for compensation biases.
+    if all(sizes == first for sizes in overrides.values()) and not getattr(config, COMPENSATION_KEY, False):
+        plain = plain_config(config, family, first)
+        if plain is not None:
+            vars(config).clear()
+            vars(config).update(vars(plain))
+            config.__class__ = family.plain_config
+            return config
     config.__class__ = family.pruned_config
     config.per_layer_config = overrides
     return config
@@ -130,8 +138,8 @@ def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int
     if layout.whole:
         return model
     family = family_of(model)
-    model.__class__ = family.pruned_model
     set_pruned_config(model.config, family, layout=layout, counts=counts)
+    model.__class__ = _model_class(model.config, family)
     return model
 
 
@@ -144,12 +152,16 @@ def pruned_shell(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) 
         if config.num_hidden_layers == layout.num_layers:  # not sliced yet
             _keep_layers_in_config(config, [block.layer for block, count in zip(layout.blocks, counts) if count])
     else:
-        model_class = family.pruned_model
         set_pruned_config(config, family, layout=layout, counts=counts)
+        model_class = _model_class(config, family)
     with torch.device("meta"):
         shell = model_class(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+def _model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:
+    return family.pruned_model if isinstance(config, family.pruned_config) else family.plain_model
 
 
 @contextmanager

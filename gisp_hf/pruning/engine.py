@@ -12,6 +12,7 @@ from gisp_hf.config import GISPConfig
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.criteria.compensation import Compensation
 from gisp_hf.models.layout import Layout
+from gisp_hf.models.plain import find_plain_sizes
 from gisp_hf.models.shards import add_over_ranks, all_ranks, is_sharded, shard_group
 from gisp_hf.models.surgery import check_compensable, compensated, slice_structures, zero_structures
 from gisp_hf.pruning.methods import find_method
@@ -21,10 +22,11 @@ from gisp_hf.pruning.selection import (
     fractions_of_block,
     minimum_kept,
     parameter_budget,
-    removed_mask,
+    removed_masks,
     removed_parameters,
     select,
 )
+from gisp_hf.pruning.uniform import select_rounds
 
 # What a criterion's sums were made of, for the message that one is not finite.
 _QUANTITY = {
@@ -70,6 +72,8 @@ class Engine:
         self, model: PreTrainedModel, layout: Layout, config: GISPConfig, *, shrink: bool = True, layer_passes: int = 1
     ) -> None:
         self.method = find_method(config.method)
+        if config.uniform:
+            layout = replace(layout, plain_sizes=find_plain_sizes(model, layout))
         check_reachable(layout, config)
         self.model = model
         self.layout = layout
@@ -117,7 +121,13 @@ class Engine:
 
     @property
     def removed_parameters(self) -> int:
-        return removed_parameters(self.layout, self.order, length=self.length, multiples=self.config.multiples)
+        return removed_parameters(
+            self.layout,
+            self.order,
+            length=self.length,
+            multiples=self.config.multiples,
+            uniform=self.config.uniform,
+        )
 
     @property
     def sparsity(self) -> float:
@@ -235,14 +245,27 @@ class Engine:
         scores = self.ranking
         if self.method.scope == "layer":
             scores = fractions_of_block(self.layout, scores, self.order, offsets=self.offsets)
-        chosen = select(
-            self.layout,
-            scores,
-            self.order,
-            minimum=self.minimum,
-            budget=parameter_budget(self.layout, target),
-            multiples=self.config.multiples,
-        )
+        budget = parameter_budget(self.layout, target)
+        if self.config.uniform:
+            level = min(level for level in self.config.sparsity_levels if level >= target - 1e-9)
+            chosen = select_rounds(
+                self.layout,
+                scores,
+                self.order,
+                minimum=self.minimum,
+                budget=budget,
+                limit=parameter_budget(self.layout, level),
+                multiples=self.config.multiples,
+            )
+        else:
+            chosen = select(
+                self.layout,
+                scores,
+                self.order,
+                minimum=self.minimum,
+                budget=budget,
+                multiples=self.config.multiples,
+            )
         for number, index in chosen:
             self.order[number][index] = self.length
             self.length += 1
@@ -293,10 +316,13 @@ class Engine:
 
     def _operate(self) -> Mapping[str, int]:
         """Brings the model in line with the order."""
-        masks = [
-            removed_mask(block, positions, length=self.length, multiples=self.config.multiples)
-            for block, positions in zip(self.layout.blocks, self.order)
-        ]
+        masks = removed_masks(
+            self.layout,
+            self.order,
+            length=self.length,
+            multiples=self.config.multiples,
+            uniform=self.config.uniform,
+        )
         fresh = [now & ~gone for now, gone in zip(masks, self.gone)]
         counts: Counter[str] = Counter()
         for block, mask in zip(self.layout.blocks, fresh):

@@ -24,7 +24,7 @@ class Method:
     Attributes:
         criterion: makes the criterion of a run.
         scope: ``model`` ranks all structures in one list; ``layer`` takes the same fraction from every block.
-        normalization, num_steps, score_momentum: what `GISPConfig` uses where its own fields are None.
+        normalization, num_steps, score_momentum, layout: what `GISPConfig` uses where its own fields are None.
         layer_shares: makes what tells the shares of layers apart, with scope ``layer``; None: equal shares.
         compensation: whether saved levels have biases in the place of the mean output of removed structures. The
             removal order is the same without.
@@ -41,6 +41,7 @@ class Method:
     num_steps: int = 80
     score_momentum: float = 0.0
     kinds: tuple[str, ...] | None = None
+    layout: Literal["free", "uniform"] = "free"
     description: str = ""
     layer_shares: Callable[[], Owl] | None = None
     compensation: bool = False
@@ -75,6 +76,9 @@ METHODS: dict[str, Method] = {
     # Without a normalisation for now: dividing by parameters removes far too many heads.
     "gisp-activation": Method(
         Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
+    ),
+    "gisp-uniform": Method(
+        Taylor, layout="uniform", description="as gisp, all layers of one size: levels are plain checkpoints"
     ),
     "flap": Method(
         Flap,

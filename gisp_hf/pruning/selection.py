@@ -34,31 +34,81 @@ def kept_structures(block: Block, num_ordered: int, multiples: Mapping[str, int]
     return kept
 
 
-def removed_mask(block: Block, order: torch.Tensor, *, length: int, multiples: Mapping[str, int]) -> torch.Tensor:
-    """Which structures of a block are gone after the first ``length`` removals: bool of shape ``(block.size,)``.
+def kept_counts(
+    layout: Layout, ordered: Sequence[int], multiples: Mapping[str, int], *, uniform: bool = False
+) -> list[int]:
+    """Structures that every block has left when ``ordered`` of them stand in the order.
+
+    Args:
+        uniform: layers keep the same number of a kind: that of the layer that has most left, rounded up to one that
+            the family's own class takes (`Layout.plain_sizes`).
+    """
+    kept = [kept_structures(block, count, multiples) for block, count in zip(layout.blocks, ordered)]
+    for kind in layout.kinds if uniform else ():
+        numbers = layout.of_kind(kind.name)
+        most = plain_size(max(kept[number] for number in numbers), layout.plain_sizes.get(kind.name, ()))
+        for number in numbers:
+            kept[number] = most
+    return kept
+
+
+def plain_size(count: int, sizes: Sequence[int]) -> int:
+    """``count``, rounded up to one of ``sizes`` (increasing); any will do if there are none."""
+    return next((size for size in sizes if size >= count), count)
+
+
+def removed_masks(
+    layout: Layout,
+    order: Sequence[torch.Tensor],
+    *,
+    length: int,
+    multiples: Mapping[str, int],
+    uniform: bool = False,
+) -> list[torch.Tensor]:
+    """Per block, which structures are gone after the first ``length`` removals: bool of shape ``(block.size,)``.
 
     Rounding gives back the structures removed last, so that a longer prefix always contains a shorter one.
     """
+    kept = kept_counts(layout, _ordered(order, length), multiples, uniform=uniform)
+    return [
+        _first_removed(positions, length=length, count=block.size - count)
+        for block, positions, count in zip(layout.blocks, order, kept)
+    ]
+
+
+def _ordered(order: Sequence[torch.Tensor], length: int) -> list[int]:
+    """Per block, how many structures are among the first ``length`` of the order."""
+    return [int(((positions >= 0) & (positions < length)).sum()) for positions in order]
+
+
+def _first_removed(order: torch.Tensor, *, length: int, count: int) -> torch.Tensor:
+    """Mask of the first ``count`` structures of a block, among the first ``length`` of the whole order."""
     ordered = (order >= 0) & (order < length)
-    num_ordered = int(ordered.sum())
-    num_removed = block.size - kept_structures(block, num_ordered, multiples)
-    if num_removed == num_ordered:
+    if count == int(ordered.sum()):
         return ordered
     first = torch.where(ordered, order, torch.iinfo(order.dtype).max).argsort()
     mask = torch.zeros_like(ordered)
-    mask[first[:num_removed]] = True
+    mask[first[:count]] = True
     return mask
 
 
+def removed_mask(block: Block, order: torch.Tensor, *, length: int, multiples: Mapping[str, int]) -> torch.Tensor:
+    """`removed_masks` of one block, where layers may differ in size."""
+    (num_ordered,) = _ordered([order], length)
+    return _first_removed(order, length=length, count=block.size - kept_structures(block, num_ordered, multiples))
+
+
 def removed_parameters(
-    layout: Layout, order: Sequence[torch.Tensor], *, length: int, multiples: Mapping[str, int]
+    layout: Layout,
+    order: Sequence[torch.Tensor],
+    *,
+    length: int,
+    multiples: Mapping[str, int],
+    uniform: bool = False,
 ) -> int:
     """How many parameters are gone after the first ``length`` removals."""
-    gone = 0
-    for block, positions in zip(layout.blocks, order):
-        num_ordered = int(((positions >= 0) & (positions < length)).sum())
-        gone += (block.size - kept_structures(block, num_ordered, multiples)) * block.cost
-    return gone
+    kept = kept_counts(layout, _ordered(order, length), multiples, uniform=uniform)
+    return sum((block.size - count) * block.cost for block, count in zip(layout.blocks, kept))
 
 
 def parameter_budget(layout: Layout, sparsity: float) -> int:
@@ -66,12 +116,13 @@ def parameter_budget(layout: Layout, sparsity: float) -> int:
     return math.ceil(sparsity * layout.total - 1e-6)
 
 
-def highest_sparsity(layout: Layout, minimum: Sequence[int], multiples: Mapping[str, int]) -> float:
+def highest_sparsity(
+    layout: Layout, minimum: Sequence[int], multiples: Mapping[str, int], *, uniform: bool = False
+) -> float:
     """The sparsity with every block at its minimum. One structure of the model stays in any case."""
-    gone = sum(
-        (block.size - kept_structures(block, block.size - least, multiples)) * block.cost
-        for block, least in zip(layout.blocks, minimum)
-    )
+    ordered = [block.size - least for block, least in zip(layout.blocks, minimum)]
+    kept = kept_counts(layout, ordered, multiples, uniform=uniform)
+    gone = sum((block.size - count) * block.cost for block, count in zip(layout.blocks, kept))
     return min(gone, layout.total - max(block.cost for block in layout.blocks)) / layout.total
 
 
@@ -107,13 +158,14 @@ def check_reachable(layout: Layout, config: GISPConfig) -> None:
     if unknown := sorted(set(config.minimum_kept) - set(names)):
         raise ValueError(f"minimum_kept names {', '.join(unknown)}, but this model has {', '.join(names)}")
     removable = sum(block.size - least for block, least in zip(layout.blocks, minimum))
-    highest = highest_sparsity(layout, minimum, config.multiples)
+    highest = highest_sparsity(layout, minimum, config.multiples, uniform=config.uniform)
     if config.sparsity_levels[-1] > highest:
         least = ", ".join(f"{name}: {config.minimum_of(name)}" for name in names)
         raise ValueError(
             f"sparsity {config.sparsity_levels[-1]:g} cannot be reached: with prune={config.prune!r}, "
             f"protect_first={config.protect_first:g}, protect_last={config.protect_last:g}, "
-            f"minimum_kept={{{least}}}, channel_multiple={config.channel_multiple} the highest is "
+            f"minimum_kept={{{least}}}, channel_multiple={config.channel_multiple}, "
+            f"layout={config.layout!r} the highest is "
             f"{math.floor(highest * 1e4) / 1e4:.4f}. Lower the level, or protect fewer layers"
         )
     if len(config.sparsity_levels) > removable:

@@ -22,7 +22,7 @@ from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
 from gisp_hf.pruning.methods import METHODS
-from gisp_hf.pruning.selection import check_multiples, parameter_budget, removed_mask, removed_parameters
+from gisp_hf.pruning.selection import check_multiples, parameter_budget, removed_masks, removed_parameters
 from gisp_hf.untrusted import check_trajectory, read_json
 
 ORDER_FILE = "trajectory.safetensors"
@@ -109,7 +109,12 @@ class Trajectory:
     def sparsity_at(self, length: int, *, channel_multiple: int | None = None) -> float:
         """The sparsity after the first ``length`` removals (a fraction of the decoder layers' parameters)."""
         multiples = self._multiples(channel_multiple)
-        return removed_parameters(self.layout, self.order, length=length, multiples=multiples) / self.layout.total
+        return self._gone(length, multiples) / self.layout.total
+
+    def _gone(self, length: int, multiples: Mapping[str, int]) -> int:
+        return removed_parameters(
+            self.layout, self.order, length=length, multiples=multiples, uniform=self.config.uniform
+        )
 
     def _multiples(self, channel_multiple: int | None) -> dict[str, int]:
         multiples = self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
@@ -131,7 +136,7 @@ class Trajectory:
         budget = parameter_budget(self.layout, sparsity)
 
         def gone(length: int) -> int:
-            return removed_parameters(self.layout, self.order, length=length, multiples=multiples)
+            return self._gone(length, multiples)
 
         low, high = 0, len(self)
         if gone(high) < budget:
@@ -152,10 +157,8 @@ class Trajectory:
     def kept_at(self, length: int, *, channel_multiple: int | None = None) -> list[torch.Tensor]:
         """Per block, the increasing indices of the structures that stay after the first ``length`` removals."""
         multiples = self._multiples(channel_multiple)
-        return [
-            (~removed_mask(block, positions, length=length, multiples=multiples)).nonzero().squeeze(1)
-            for block, positions in zip(self.layout.blocks, self.order)
-        ]
+        masks = removed_masks(self.layout, self.order, length=length, multiples=multiples, uniform=self.config.uniform)
+        return [(~mask).nonzero().squeeze(1) for mask in masks]
 
     def apply(self, model: PreTrainedModel, *, sparsity: float, channel_multiple: int | None = None) -> PreTrainedModel:
         """Slices the base model, in place, down to any sparsity up to the highest.
@@ -222,6 +225,8 @@ class Trajectory:
             "blocks": [block.to_dict() for block in self.layout.blocks],
             "steps": [asdict(step) for step in self.steps],
         }
+        if self.config.uniform:
+            facts["plain_sizes"] = {kind: list(sizes) for kind, sizes in self.layout.plain_sizes.items()}
         order = {block.name: positions.contiguous() for block, positions in zip(self.layout.blocks, self.order)}
         with replacement(folder / ORDER_FILE) as file:
             save_file(order, file)
@@ -249,13 +254,17 @@ class Trajectory:
                 blocks=tuple(_block_from(entry) for entry in facts["blocks"]),
                 total=facts["total"],
                 num_layers=facts["num_layers"],
+                plain_sizes={kind: tuple(sizes) for kind, sizes in facts.get("plain_sizes", {}).items()},
             )
             tensors = load_file(folder / ORDER_FILE)
             _check_order(layout, tensors)
+            config = _config_from(facts["config"])
+            if config.uniform:
+                _check_uniform(layout)
             return cls(
                 layout=layout,
                 order=tuple(tensors[block.name] for block in layout.blocks),
-                config=_config_from(facts["config"]),
+                config=config,
                 base=Base(**facts["base"]),
                 steps=tuple(Step.from_dict(step) for step in facts["steps"]),
                 calibration=facts["calibration"],
@@ -305,3 +314,13 @@ def _check_order(layout: Layout, tensors: dict[str, torch.Tensor]) -> None:
         raise ValueError("this is not a removal order: each position from 0 on must occur exactly once, -1 elsewhere")
     if layout.total < sum(block.size * block.cost for block in layout.blocks) or layout.total <= 0:
         raise ValueError(f"a total of {layout.total} parameters is less than the blocks hold")
+
+
+def _check_uniform(layout: Layout) -> None:
+    for kind in layout.kinds:
+        sizes = {layout.blocks[number].size for number in layout.of_kind(kind.name)}
+        if len(sizes) > 1:
+            raise ValueError(f"layout is uniform, but layers have {min(sizes)} to {max(sizes)} {kind.plural}")
+        plain = layout.plain_sizes.get(kind.name)
+        if plain is not None and (list(plain) != sorted(set(plain)) or {*plain[-1:]} != sizes):
+            raise ValueError(f"plain_sizes of {kind.name} must increase and end at {max(sizes)}, got {plain}")
