@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, inject_adapter_in_model, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gisp_hf import GISPPruner, Trajectory
@@ -345,7 +345,8 @@ def test_adapters_around_the_model_are_refused(tmp_path) -> None:
 
 def test_adapters_inside_the_model_are_refused() -> None:
     model = tiny_model()
-    model.add_adapter(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    # As model.add_adapter does, which transformers 5.24 refuses before peft 0.22.
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), model)
     with pytest.raises(ValueError, match="merge_and_unload"):
         check_model(model)
 

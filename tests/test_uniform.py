@@ -245,4 +245,4 @@ def test_cards_of_plain_levels_ask_for_no_code(tmp_path) -> None:
         level_card(pruner.trajectory, levels[0], repo_id="me/x"),
     ):
         assert "import gisp_hf" not in text and "trust_remote_code" not in text
-        assert "without code of its own" in text and "\n\n\n" not in text
+        assert "Nothing but transformers is needed" in text and "\n\n\n" not in text
