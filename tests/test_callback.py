@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, inject_adapter_in_model, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from gisp_hf import GISPPruner, Trajectory
