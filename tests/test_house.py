@@ -18,6 +18,7 @@ ORDER = [
     *("pruning.schedule", "pruning.methods", "config", "pruning"),
     "training",
     "levels",
+    "recovery",
     "evaluation",
     "hub",
     "report",
@@ -101,6 +102,7 @@ def test_maths_stays_free_of_hugging_face() -> None:
         "pruning/normalization",
         "pruning/schedule",
         "pruning/selection",
+        "recovery/grams",
         "losses/objectives",
         "losses/chunked",
     ):
