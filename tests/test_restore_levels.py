@@ -157,6 +157,11 @@ def test_a_text_of_its_own(base_folder, text, tmp_path) -> None:
     record = Restoration.load(pruner.level_folders[0.3])
     drawn = load_calibration(str(text), tiny_tokenizer(), tokens=1024)
     assert record.calibration["sha256"] == drawn.provenance["sha256"] and record.tokens == 1024
+    for file in ("restoration.json", "trajectory.json"):
+        facts = json.loads((pruner.level_folders[0.3] / file).read_text())
+        assert str(text.parent) not in json.dumps(facts)
+    assert facts["restoration"]["data"] == "words.txt"  # of the trajectory
+    assert Trajectory.load(pruner.output_dir).restoration == facts["restoration"]
 
 
 def test_a_failure_leaves_the_level_whole_and_the_model_as_it_was(base_folder, tmp_path, monkeypatch) -> None:
