@@ -4,7 +4,8 @@ The dense model is never in memory: its checkpoint is read one tensor at a time,
 before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,29 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as progress_bars
 
 from gisp_hf.levels.files import (
     GENERATION_FILE,
-    INDEX_FILE,
     TOKENIZER_FILES,
-    WEIGHTS_FILE,
     Files,
     empty_model,
     load_tokenizer,
     pin,
     read_model_config,
-    read_weight_map,
 )
 from gisp_hf.levels.save import save_level
+from gisp_hf.levels.weights import names_by_file
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory, warn_if_compensated
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.record import RESTORATION_FILE
+from gisp_hf.recovery.restore import draw
+from gisp_hf.recovery.restore import restore as restore_model
 from gisp_hf.untrusted import odd_contents
+
+logger = logging.getLogger(__name__)
 
 Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
 
@@ -72,6 +77,7 @@ def load_level(
     device: str | torch.device | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    restore: RestoreConfig | None = None,
 ) -> PreTrainedModel:
     """Any level of a trajectory, saved or not, from the trajectory and the unpruned model's own checkpoint.
 
@@ -89,6 +95,8 @@ def load_level(
         device: where the model goes once it is complete; the CPU if None.
         token: for private or gated repositories; the one you are logged in with if None.
         endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.
+        restore: fit the output projections anew on the text that ``restore.data`` names. None: all weights are those of
+            the unpruned model, whether or not the run's saved levels are restored; a warning says so if they are.
 
     Returns:
         The pruned model in evaluation mode, with the generation config of the unpruned one.
@@ -100,10 +108,23 @@ def load_level(
     """
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
+    base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
+    calibration = None
+    if restore is not None:
+        calibration = draw(restore, load_tokenizer_of(base))  # before the weights, which take time
+    elif _has_restored_levels(trajectory, repo_or_folder):
+        logger.warning(
+            "the saved levels of %s are restored, and this one is not: load_level(..., restore=RestoreConfig(data=...))"
+            " restores it, and from_pretrained loads a saved one",
+            repo_or_folder,
+        )
     model = _cut(level, base, dtype)
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    if restore is not None and calibration is not None:
+        restore_model(model, base, calibration, restore)
+    return model
 
 
 def materialize(
@@ -136,16 +157,36 @@ def materialize(
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
-    tokenizer = _load_tokenizer(base)  # before the weights, which take time
+    base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
+    tokenizer = load_tokenizer_of(base)  # before the weights, which take time
     model = _cut(level, base, dtype)
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
+
+
+def _has_restored_levels(trajectory: Trajectory, source: str | Path) -> bool:
+    """Whether a run, or the levels in its folder, say that they were restored."""
+    folder = Path(source)
+    found = folder.is_dir() and ((folder / RESTORATION_FILE).is_file() or any(folder.glob(f"*/{RESTORATION_FILE}")))
+    return trajectory.restoration is not None or found
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _open_base(level: Trajectory, files: Files) -> Files:
+def open_base_of(
+    level: Trajectory,
+    base_model: str | Path | None,
+    base_revision: str | None,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Files:
+    """The files of the unpruned model: those that were asked for, or those that the trajectory names.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+    """
+    files = Files(base_model or level.base.id, base_revision, token, endpoint)
     if files.revision is None and str(files.source) == level.base.id:
         files = replace(files, revision=level.base.revision)
     hint = "; base_model= names the unpruned model, by its Hub id or a folder"
@@ -158,7 +199,8 @@ def _open_base(level: Trajectory, files: Files) -> Files:
     return files
 
 
-def _load_tokenizer(base: Files) -> PreTrainedTokenizerBase | None:
+def load_tokenizer_of(base: Files) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the unpruned model; None if it has none."""
     found = [base.fetch(name) for name in TOKENIZER_FILES]
     folder = next((path.parent for path in found[:3] if path is not None), None)
     return None if folder is None else load_tokenizer(folder, label=base.label)
@@ -179,6 +221,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
         order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
         steps=tuple(step for step in trajectory.steps if step.target < sparsity - 1e-9),  # those before the level's own
+        restoration=None,  # what is cut out of the base has the weights of the base
     )
 
 
@@ -243,8 +286,8 @@ def _read_weights(
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
-    with logging.tqdm(total=len(shapes), desc="Cutting weights") as progress:
-        for filename, names in _names_by_file(base, dense, shapes).items():
+    with progress_bars.tqdm(total=len(shapes), desc="Cutting weights") as progress:
+        for filename, names in names_by_file(base, dense, shapes).items():
             with base.opened(filename) as file:
                 if not weights:
                     dtype = dtype or file.get_slice(names[0][0])[:1].dtype
@@ -265,36 +308,6 @@ def _read_weights(
             "revision; a fine-tuned one needs a trajectory of its own"
         )
     return weights
-
-
-def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-    """File -> (name in the file, name in the model) of every parameter."""
-    stored_in = _stored_tensors(base)
-    # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
-    tied: dict[str, str] = {source: target for target, source in dense.all_tied_weights_keys.items()}
-    by_file: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        stored = name if name in stored_in else tied.get(name, name)
-        if stored not in stored_in:
-            raise ValueError(
-                f"the checkpoint of {base.label} lacks {name}; if transformers can load it all the same, use "
-                "Trajectory.apply on the loaded model"
-            )
-        by_file.setdefault(stored_in[stored], []).append((stored, name))
-    return by_file
-
-
-def _stored_tensors(base: Files) -> dict[str, str]:
-    """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
-    if base.fetch(WEIGHTS_FILE) is not None:
-        with base.opened(WEIGHTS_FILE) as file:
-            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
-    if (index_file := base.fetch(INDEX_FILE)) is None:
-        raise FileNotFoundError(
-            f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
-            "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
-        )
-    return read_weight_map(index_file, label=base.label)
 
 
 @torch.no_grad()

@@ -69,6 +69,7 @@ class PruningCallback(TrainerCallback):
         self.base_model = base_model
         self.base_revision = base_revision
         self.calibration = calibration or {}
+        self.restoration: dict[str, Any] | None = None  # settings of a stage that changes the levels' weights
         self.levels: dict[float, Level] = {}
         self._hide_path = hide_path
         self._engine: Engine | None = None
@@ -91,6 +92,7 @@ class PruningCallback(TrainerCallback):
             base=self._base,
             steps=tuple(self._steps),
             calibration=self.calibration,
+            restoration=self.restoration,
         )
 
     @property
@@ -309,6 +311,8 @@ class PruningCallback(TrainerCallback):
             use_cache=True if self._use_cache is None else self._use_cache,
             tokenizer=tokenizer,
             trajectory=self.trajectory if before is None else before,
+            model=model,
+            dataloader=dataloader,
         )
         for stage in self.stages:
             stage.begin(run)

@@ -1,0 +1,1 @@
+"""A level made better without changing its structures."""
