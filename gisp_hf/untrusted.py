@@ -161,6 +161,8 @@ def check_trajectory(facts: Mapping[str, Any]) -> None:
     if base.get("revision") is not None:
         check_text(base["revision"], "base.revision")
     check_layout(facts)
+    if base.get("unpruned") is not None:
+        check_whole(base["unpruned"], "base.unpruned", least=facts["total"])
     config = check_object(facts["config"], "config")
     _check_plain(config, "config", most=SIZE)
     steps = check_list(facts["steps"], "steps", longest=BLOCKS)

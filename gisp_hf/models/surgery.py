@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from gisp_hf.models.discovery import family_of
 from gisp_hf.models.families import Family
 from gisp_hf.models.layout import Block, Layout, kind_of
 from gisp_hf.models.shards import local_rows
+
+CUT_IN_MEMORY: WeakSet[nn.Module] = WeakSet()  # pruned models that are not what their ``name_or_path`` names any more
 
 
 @torch.no_grad()
@@ -87,6 +90,7 @@ def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int
     family = family_of(model)
     model.__class__ = family.pruned_model
     set_pruned_config(model.config, family, layout=layout, counts=counts)
+    CUT_IN_MEMORY.add(model)
     return model
 
 
@@ -98,3 +102,16 @@ def pruned_shell(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) 
         shell = family.pruned_model(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+def empty_copy(model: PreTrainedModel, *, unpruned: bool = False) -> PreTrainedModel:
+    """A model without weights (on the meta device) of the size that the config of ``model`` describes.
+
+    Args:
+        unpruned: the size that it described before anything was removed.
+    """
+    config = copy.deepcopy(model.config)
+    if unpruned:
+        config.per_layer_config = None
+    with torch.device("meta"):
+        return family_of(model).pruned_model(config)

@@ -63,11 +63,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a trajectory was made from."""
+    """The model that a trajectory was made from.
+
+    ``unpruned``: parameters that the decoder layers had before anything was removed, if the base is itself a pruned
+    model; None if it is not.
+    """
 
     id: str
     revision: str | None
     fingerprint: str
+    unpruned: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "unpruned" or value is not None}
 
 
 @accept_old_arguments({"ranks": "order"})
@@ -106,6 +114,14 @@ class Trajectory:
         """The sparsity after the first ``length`` removals (a fraction of the decoder layers' parameters)."""
         multiples = self._multiples(channel_multiple)
         return removed_parameters(self.layout, self.order, length=length, multiples=multiples) / self.layout.total
+
+    def of_unpruned(self, sparsity: float) -> float:
+        """The sparsity counted from the unpruned model: another number than ``sparsity`` if the base is pruned itself.
+
+        Both are fractions of decoder layers' parameters: ``sparsity`` of those of the base, the result of those that
+        the unpruned model had.
+        """
+        return 1 - (1 - sparsity) * self.layout.total / (self.base.unpruned or self.layout.total)
 
     def _multiples(self, channel_multiple: int | None) -> dict[str, int]:
         return self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
@@ -198,7 +214,7 @@ class Trajectory:
         folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "format": FORMAT,
-            "base": asdict(self.base),
+            "base": self.base.to_dict(),
             "config": self.config.to_dict(),
             "calibration": self.calibration,
             "architecture": self.layout.architecture,

@@ -19,13 +19,13 @@ from gisp_hf.models import discover, family_of
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
-from gisp_hf.models.surgery import as_pruned_model
+from gisp_hf.models.surgery import CUT_IN_MEMORY, as_pruned_model
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.checks import check_arguments, check_model, check_run_length
+from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
-from gisp_hf.training.identity import identify
+from gisp_hf.training.identity import identify, note_of_pruned_base
 from gisp_hf.training.mode import CalibrationMode
 from gisp_hf.training.resume import (
     Progress,
@@ -230,6 +230,8 @@ class PruningCallback(TrainerCallback):
         mode.close()
         if self.engine.shrink:
             _describe_sliced(mode.model, self.engine)
+        elif self.engine.length:
+            CUT_IN_MEMORY.add(mode.model)  # it has zeros
 
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
@@ -259,7 +261,9 @@ class PruningCallback(TrainerCallback):
                 "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_passes=self.layer_passes)
+        layout = discover(model)
+        check_sizes(model, layout)
+        self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes)
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
             self._mode = CalibrationMode(model)
@@ -313,6 +317,8 @@ class PruningCallback(TrainerCallback):
             self._restore(before, model)
         if state.is_world_process_zero:
             _warn_of_slow_dtype(model)
+            if (note := note_of_pruned_base(self.trajectory)) is not None:
+                tqdm.write(note)
         mode.switch_off_dropout()
         clipped = mode.switch_off_clipping(args)
         if clipped and state.is_world_process_zero:
@@ -377,6 +383,8 @@ class PruningCallback(TrainerCallback):
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
         numbers: dict[str, float] = {"sparsity": step.sparsity, "decoder_parameters": step.parameters}
+        if self._base is not None and self._base.unpruned is not None:
+            numbers["sparsity_of_unpruned"] = self.trajectory.of_unpruned(step.sparsity)
         numbers |= {f"{kind_of(kind).plural}_removed": count for kind, count in step.removed.items()}
         entries = [logs]  # for the trackers and the progress bar, which come after this callback
         if state.log_history and state.log_history[-1].get("step") == state.global_step:

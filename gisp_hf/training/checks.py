@@ -6,7 +6,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from gisp_hf.models import discover
+from gisp_hf.models.layout import Layout, kind_of
 from gisp_hf.models.shards import plain_parameters
+from gisp_hf.models.surgery import empty_copy
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -75,6 +78,25 @@ def check_model(model: PreTrainedModel) -> None:
             raise ValueError(
                 f"{name} cannot have a gradient (dtype {parameter.dtype}, made under inference_mode: "
                 f"{parameter.is_inference()}); load the model in bfloat16 or float32, outside torch.inference_mode()"
+            )
+
+
+def check_sizes(model: PreTrainedModel, layout: Layout) -> None:
+    """Refuses a model whose layers are not of the size that its config says.
+
+    Args:
+        layout: read off the weights of the model (`discover`).
+
+    Raises:
+        ValueError: with the first block that differs.
+    """
+    described = {block.name: block.size for block in discover(empty_copy(model)).blocks}
+    for block in layout.blocks:
+        if described.get(block.name) != block.size:
+            raise ValueError(
+                f"the weights of the model do not match its config: {block.name} has {block.size} "
+                f"{kind_of(block.kind).plural}, the config says {described.get(block.name)}. A run that was stopped "
+                "leaves such a model until the pruner's close(); load the model anew with from_pretrained"
             )
 
 
