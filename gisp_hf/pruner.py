@@ -36,7 +36,8 @@ class GISPPruner(PruningCallback):
         config: how to prune; the defaults of ``GISPConfig`` if None.
         output_dir: where levels are saved; the Trainer's own ``output_dir`` if None.
         shrink: slice structures out during the run, which makes it cheaper. None: wherever nothing wraps the
-            parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
+            parameters; with ``torch_compile``, at the end of the run. False: keep zeros in their place, in the model
+            that the Trainer holds; saved levels are sliced.
         layer_passes: bounds the memory of gradients by scoring the layers in this many parts, one pass over the data
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
         chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of a batch's

@@ -205,6 +205,13 @@ class Engine:
         """Per block, the increasing original indices of the structures that the model still has."""
         return [(~gone).nonzero().squeeze(1) for gone in self.gone]
 
+    def slice_zeros(self) -> None:
+        """Slices out the structures that are zeros so far; from now on, structures are sliced out at once."""
+        kept = self.kept()
+        reduced = self.now.reduced(kept)
+        slice_structures(self.model, self.now, kept)
+        self.now, self.shrink = reduced, True
+
     def _operate(self) -> Mapping[str, int]:
         """Brings the model in line with the order."""
         masks = [

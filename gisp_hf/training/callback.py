@@ -19,12 +19,12 @@ from gisp_hf.models import discover, family_of
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
-from gisp_hf.models.surgery import CUT_IN_MEMORY, as_pruned_model
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
 from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
+from gisp_hf.training.ending import describe, slice_zeros
 from gisp_hf.training.identity import identify, note_of_pruned_base
 from gisp_hf.training.mode import CalibrationMode
 from gisp_hf.training.resume import (
@@ -212,6 +212,9 @@ class PruningCallback(TrainerCallback):
                 f"training ended after {done} of {self.config.num_steps} pruning steps: the data ran out, or another "
                 f"callback stopped it. Saved so far: {saved}{push}"
             )
+        slice_zeros(
+            model, self.engine, wrapped=self.shrink is False or is_distributed(args) or is_sharded(model.parameters())
+        )
         for stage in self.stages:
             stage.finish(self.trajectory, self.levels)
 
@@ -228,10 +231,7 @@ class PruningCallback(TrainerCallback):
             return
         mode, self._mode, self._chunked = self._mode, None, None
         mode.close()
-        if self.engine.shrink:
-            _describe_sliced(mode.model, self.engine)
-        elif self.engine.length:
-            CUT_IN_MEMORY.add(mode.model)  # it has zeros
+        describe(mode.model, self.engine)
 
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
@@ -480,14 +480,3 @@ def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
             str(model.dtype).removeprefix("torch."),
             factor,
         )
-
-
-def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:
-    """Gives a model that has lost structures the class and config that say so; an unchanged one stays as it is."""
-    try:
-        sizes = [block.size for block in discover(model).blocks]  # read off the weights, as they are
-    except ValueError as error:  # interrupted between two parameters of one block
-        logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
-        return
-    if sizes != [block.size for block in engine.layout.blocks]:
-        as_pruned_model(model, engine.layout, sizes)

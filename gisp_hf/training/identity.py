@@ -46,8 +46,8 @@ def note_of_pruned_base(trajectory: Trajectory) -> str | None:
         f"{level:g} is {trajectory.of_unpruned(level):.4f}" for level in trajectory.config.sparsity_levels
     )
     return (
-        f"GISP: the model ({trajectory.base.id}) is pruned already: its decoder layers have {trajectory.layout.total:,} of "
-        f"{trajectory.base.unpruned:,} parameters, sparsity {trajectory.of_unpruned(0):.4f}. Levels of this run are "
+        f"GISP: the model ({trajectory.base.id}) is pruned already: its decoder layers have "
+        f"{trajectory.layout.total:,} of {trajectory.base.unpruned:,} parameters, sparsity {trajectory.of_unpruned(0):.4f}. Levels of this run are "
         f"fractions of the {trajectory.layout.total:,}; counted from the unpruned model, {levels}"
     )
 
