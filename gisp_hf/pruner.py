@@ -1,6 +1,6 @@
 """``GISPPruner`` and ``prune``: the additions to a Trainer script."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class GISPPruner(PruningCallback):
     ``trainer.train(resume_from_checkpoint=True)``.
 
     Args:
-        config: how to prune; the defaults of ``GISPConfig`` if None.
+        config: how to prune, a ``GISPConfig`` or a dict of its fields; its defaults if None.
         output_dir: where levels are saved; the Trainer's own ``output_dir`` if None.
         shrink: slice structures out during the run, which makes it cheaper. None: wherever nothing wraps the
             parameters; with ``torch_compile``, at the end of the run. False: keep zeros in their place, in the model
@@ -72,7 +72,7 @@ class GISPPruner(PruningCallback):
 
     def __init__(
         self,
-        config: GISPConfig | None = None,
+        config: GISPConfig | Mapping[str, Any] | None = None,
         output_dir: str | Path | None = None,
         *,
         shrink: bool | None = None,
@@ -88,7 +88,8 @@ class GISPPruner(PruningCallback):
         base_revision: str | None = None,
         calibration: dict[str, Any] | None = None,
     ) -> None:
-        config = config or GISPConfig()
+        if not isinstance(config, GISPConfig):
+            config = GISPConfig.from_dict(dict(config or {}))
         find_method(config.method)
         measured = [] if evaluate is None else [Measure(evaluate)]
         self._publish = (
@@ -116,7 +117,7 @@ class GISPPruner(PruningCallback):
 
 def prune(
     trainer: Trainer,
-    config: GISPConfig | None = None,
+    config: GISPConfig | Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     *,
     resume_from_checkpoint: bool | str | None = None,

@@ -1,7 +1,7 @@
 """Private parts of other libraries, where no public part does the same. A test for each notices a change."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,18 @@ def handler_of(callback: TrainerCallback) -> CallbackHandler | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def add_to_notebook(handler: CallbackHandler | None, columns: Mapping[str, Any]) -> None:
+    """Adds columns to the next line of the table that the Trainer shows in a notebook.
+
+    transformers 5.24: ``NotebookProgressCallback`` writes the loss alone, but its table takes any column.
+    """
+    for callback in [] if handler is None else handler.callbacks:
+        tracker = getattr(callback, "training_tracker", None)
+        if tracker is not None:
+            write = type(tracker).write_line
+            tracker.write_line = lambda values, tracker=tracker, write=write: write(tracker, {**values, **columns})
 
 
 def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:

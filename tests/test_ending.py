@@ -31,7 +31,9 @@ def test_a_compiled_run_ends_with_the_pruned_model(tmp_path, caplog) -> None:
     for (name, ours), (other, theirs) in zip(saved.named_parameters(), level.named_parameters(), strict=True):
         assert name == other and torch.equal(ours, theirs), name
     assert torch.equal(trainer.model(IDS).logits, level(IDS).logits)
-    assert [block.size for block in discover(trainer.model).blocks] == [block.size for block in pruner.engine.now.blocks]
+    assert [block.size for block in discover(trainer.model).blocks] == [
+        block.size for block in pruner.engine.now.blocks
+    ]
     assert "full size" not in caplog.text
     assert trainer.evaluate(tiny_blocks(4))["eval_loss"] > 0  # the compiled model takes the new sizes
 

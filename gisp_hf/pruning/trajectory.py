@@ -99,6 +99,58 @@ class Trajectory:
         warn_renamed("Trajectory.ranks", "Trajectory.order")
         return self.order
 
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({self.layout.architecture}, {self.layout.num_layers} layers, base {self.base.id!a}: "
+            f"{len(self):,} of {sum(block.size for block in self.layout.blocks):,} structures removed, sparsity "
+            f"{self.highest_sparsity():.4f})"
+        )
+
+    def summary(self) -> str:
+        """A table of the levels that the order reaches: structures and parameters that the decoder layers have left."""
+        from gisp_hf.report.tables import format_table
+
+        rows = []
+        for sparsity in (0.0, *self._levels()):
+            length = self.prefix(sparsity) if sparsity else 0
+            left = {kind.name: 0 for kind in self.layout.kinds}
+            for block, keep in zip(self.layout.blocks, self.kept_at(length)):
+                left[block.kind] += len(keep)
+            parameters = round((1 - self.sparsity_at(length)) * self.layout.total)
+            rows.append({"sparsity": sparsity, **left, "parameters": parameters})
+        columns = {"sparsity": "sparsity", **{kind.name: kind.title or kind.plural for kind in self.layout.kinds}}
+        return f"{self!r}\n\n" + format_table(
+            rows, {**columns, "parameters": "decoder-layer parameters"}, formats={"sparsity": ".0%"}
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draws what each layer has lost at each level (`gisp_hf.report.plot_removed`); needs matplotlib.
+
+        Args:
+            path: the file to write; its suffix picks the format (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            ValueError: if the order reaches none of the config's levels.
+        """
+        from gisp_hf.report.plots import plot_removed
+
+        if not self._levels():
+            raise ValueError(
+                f"{self!r} reaches none of the levels {self.config.sparsity_levels}; there is nothing to draw"
+            )
+        plot_removed({sparsity: self.removed_by_layer(sparsity) for sparsity in self._levels()}, path)
+
+    def removed_by_layer(self, sparsity: float) -> dict[str, list[float]]:
+        """Kind -> the fraction of its structures (0-1) that each layer has lost at ``sparsity``."""
+        fractions = {kind.name: [0.0] * self.layout.num_layers for kind in self.layout.kinds}
+        for block, keep in zip(self.layout.blocks, self.kept(sparsity)):
+            fractions[block.kind][block.layer] = 1 - len(keep) / block.size
+        return {kind.title or kind.plural: fractions[kind.name] for kind in self.layout.kinds}
+
+    def _levels(self) -> list[float]:
+        """The levels of the config that the order reaches."""
+        return [level for level in self.config.sparsity_levels if level <= self.highest_sparsity() + 1e-9]
+
     def __len__(self) -> int:
         """The number of structures in the order."""
         return sum(int((positions >= 0).sum()) for positions in self.order)

@@ -36,7 +36,7 @@ from gisp_hf.training.resume import (
     set_aside_broken,
 )
 from gisp_hf.training.stages import Level, Run, Stage
-from gisp_hf.upstream import handler_of
+from gisp_hf.upstream import add_to_notebook, handler_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,14 @@ class PruningCallback(TrainerCallback):
         self._steps: list[Step] = []
         self._losses: list[float] = []  # of the passes since the last pruning step
         self._chunked: ChunkedLoss | None = None
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{level:g}" for level in self.config.sparsity_levels)
+        sparsity = 0.0 if self._engine is None else self._engine.sparsity
+        return (
+            f"{type(self).__name__}({self.config.method}, levels {levels}, {len(self._steps)} of "
+            f"{self.config.num_steps} steps, sparsity {sparsity:.4f})"
+        )
 
     @property
     def trajectory(self) -> Trajectory:
@@ -389,6 +397,7 @@ class PruningCallback(TrainerCallback):
         entries = [logs]  # for the trackers and the progress bar, which come after this callback
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             entries.append(state.log_history[-1])
+        add_to_notebook(handler_of(self), {"Sparsity": f"{step.sparsity:.4f}"})
         for entry in entries:
             entry.update(numbers)
             if not entry.get("grad_norm"):  # gradients were scored and freed before the Trainer took their norm

@@ -45,10 +45,11 @@ def note_of_pruned_base(trajectory: Trajectory) -> str | None:
     levels = ", ".join(
         f"{level:g} is {trajectory.of_unpruned(level):.4f}" for level in trajectory.config.sparsity_levels
     )
+    now, before = trajectory.layout.total, trajectory.base.unpruned
     return (
-        f"GISP: the model ({trajectory.base.id}) is pruned already: its decoder layers have "
-        f"{trajectory.layout.total:,} of {trajectory.base.unpruned:,} parameters, sparsity {trajectory.of_unpruned(0):.4f}. Levels of this run are "
-        f"fractions of the {trajectory.layout.total:,}; counted from the unpruned model, {levels}"
+        f"GISP: the model ({trajectory.base.id}) is pruned already: its decoder layers have {now:,} of {before:,} "
+        f"parameters, sparsity {trajectory.of_unpruned(0):.4f}. Levels of this run are fractions of the {now:,}; "
+        f"counted from the unpruned model, {levels}"
     )
 
 
