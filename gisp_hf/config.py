@@ -15,7 +15,7 @@ from gisp_hf.pruning.schedule import SCHEDULES, Schedule
 Normalization = Literal["params", "reference", "none"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("params", "reference", "none")
 # What `prune` may say besides the name of a kind -> the kinds that are pruned; None: all.
-PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention",), "channels": ("mlp",)}
+PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention", "query"), "channels": ("mlp",)}
 
 
 def _with_old_minimum(old: str, count: Any, minimum_kept: Any) -> dict[str, Any]:
@@ -88,6 +88,13 @@ class GISPConfig:
         default="gisp",
         metadata={"help": f"How structures are scored and chosen: {', '.join(METHODS)}."},
     )
+    attention_unit: str = field(
+        default="group",
+        metadata={
+            "help": "What goes from attention: group, a key/value group with its query heads; or query, the same "
+            "number of query heads from each group of a layer, the lowest scored of each, while keys and values stay."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity_levels, (int, float)):
@@ -96,6 +103,7 @@ class GISPConfig:
         self._check_levels()
         self._fill_in_method()
         choices = {"schedule": SCHEDULES, "normalization": NORMALIZATIONS, "prune": (*PRUNE, *KINDS)}
+        choices |= {"attention_unit": ("group", "query")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")

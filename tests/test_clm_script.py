@@ -61,7 +61,7 @@ def test_three_added_lines_prune(tmp_path) -> None:
     loss = metrics["eval_loss"]
     assert math.isclose(metrics["perplexity"], math.exp(loss)) and 0 <= metrics["eval_accuracy"] <= 1
     rows = torch.tensor(trainer.eval_dataset["input_ids"])
-    torch.testing.assert_close(float(saved(rows, labels=rows).loss), loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(saved(rows, labels=rows).loss.item(), loss, rtol=1e-4, atol=1e-4)
 
 
 def test_without_them_the_script_trains_as_ever(tmp_path) -> None:

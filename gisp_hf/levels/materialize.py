@@ -220,7 +220,7 @@ def _dense_on_meta(level: Trajectory, config: PreTrainedConfig, base: Files) -> 
             "the unpruned model, as it was before that run"
         )
     dense = empty_model(config, label=base.label)
-    found = discover(dense)
+    found = discover(dense, level.layout.attention_unit)
     if found.identity != level.layout.identity:
         raise ValueError(
             f"{made_from} ({level.layout.num_layers} layers, {level.layout.total:,} parameters in them); "
@@ -239,7 +239,7 @@ def _read_weights(
         dense, shell: the model before and after, without weights: the shapes to be read and those to be kept.
         dtype: of the result; that of the first tensor in the files if None.
     """
-    cuts = discover(dense).rows_kept(level.kept_at(len(level)))
+    cuts = discover(dense, level.layout.attention_unit).rows_kept(level.kept_at(len(level)))
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []

@@ -27,8 +27,11 @@ def family_of(model: PreTrainedModel) -> Family:
     )
 
 
-def discover(model: PreTrainedModel) -> Layout:
+def discover(model: PreTrainedModel, attention_unit: str = "group") -> Layout:
     """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
+
+    Args:
+        attention_unit: ``group`` or ``query`` (`GISPConfig.attention_unit`).
 
     Raises:
         ValueError: if no family fits, or the sizes of a layer contradict each other.
@@ -39,7 +42,7 @@ def discover(model: PreTrainedModel) -> Layout:
     blocks = tuple(
         _block(layer, row, model=model, prefix=f"{family.layers}.{number}", number=number)
         for number, layer in numbered
-        for row in family.blocks
+        for row in family.rows(attention_unit)
     )
     layout = Layout(
         architecture=family.model_type,
@@ -75,6 +78,7 @@ def _block(layer: nn.Module, row: BlockRow, *, model: PreTrainedModel, prefix: s
         cost=cost,
         members=tuple(members),
         reference_cost=row.reference(members[0].width, size, model.config.hidden_size) if row.reference else None,
+        parts=1 if row.parts is None else layer.get_parameter(f"{row.parts.module}.weight").shape[row.parts.dim] // per,
     )
 
 

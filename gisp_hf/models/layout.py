@@ -39,6 +39,7 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(
         "attention", "group", "groups", ("num_attention_heads", "num_key_value_heads"), "key/value groups"
     ),
+    "query": Kind("query", "query head", "query_heads", ("num_attention_heads",), "query heads"),
     "mlp": Kind("mlp", "channel", "channels", ("intermediate_size",), title="MLP channels"),
 }
 
@@ -90,7 +91,8 @@ class Block:
     """All structures of one kind in one decoder layer.
 
     ``cost`` is the number of parameters that go with one structure. ``reference_cost`` is the constant by which the
-    published code divides its score (`gisp_hf.pruning.normalization`).
+    published code divides its score (`gisp_hf.pruning.normalization`). ``parts``: structures lie side by side in this
+    many equal parts, each of which loses as many as the others (query heads: one part for each key/value group).
     """
 
     layer: int
@@ -99,6 +101,7 @@ class Block:
     cost: int
     members: tuple[Member, ...] = ()
     reference_cost: int | None = None
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -107,7 +110,8 @@ class Block:
     def to_dict(self) -> dict[str, Any]:
         facts = {"layer": self.layer, "kind": self.kind, "size": self.size, "cost": self.cost}
         facts["members"] = [member.to_dict() for member in self.members]
-        return facts | ({} if self.reference_cost is None else {"reference_cost": self.reference_cost})
+        facts |= {} if self.reference_cost is None else {"reference_cost": self.reference_cost}
+        return facts | ({} if self.parts == 1 else {"parts": self.parts})
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,11 @@ class Layout:
     def kinds(self) -> list[Kind]:
         """The kinds that occur, in the order of a layer's blocks."""
         return [kind_of(name) for name in dict.fromkeys(block.kind for block in self.blocks)]
+
+    @property
+    def attention_unit(self) -> str:
+        """What is removed from attention (`GISPConfig.attention_unit`): ``group`` or ``query``."""
+        return "query" if self.of_kind("query") else "group"
 
     def of_kind(self, name: str) -> list[int]:
         """Numbers of the blocks of one kind, in the order of layers."""

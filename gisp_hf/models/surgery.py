@@ -46,10 +46,10 @@ def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torc
         if isinstance(owner, nn.Linear) and parameter.ndim == 2:
             owner.out_features, owner.in_features = parameter.shape
     family = family_of(model)
-    rows = {row.kind: row for row in family.blocks}
+    rows = {row.kind: row for row in family.rows(layout.attention_unit)}
     for block, keep in zip(layout.blocks, kept):
         for path, attribute in rows[block.kind].attributes if len(keep) < block.size else ():
-            setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep))
+            setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep) // block.parts)
 
 
 def slice_tensor(tensor: torch.Tensor, cuts: Sequence[tuple[int, torch.Tensor]]) -> torch.Tensor:

@@ -235,7 +235,7 @@ class Trajectory:
         """
         kept = self.kept(sparsity, channel_multiple=channel_multiple)
         self.check_base(model)
-        slice_structures(model, discover(model), kept)
+        slice_structures(model, discover(model, self.layout.attention_unit), kept)
         return as_pruned_model(model, self.layout, [len(keep) for keep in kept])
 
     def check_base(self, model: PreTrainedModel) -> None:
@@ -244,7 +244,7 @@ class Trajectory:
         Raises:
             ValueError: if the structure or the weights differ; the message says which.
         """
-        found = discover(model)
+        found = discover(model, self.layout.attention_unit)
         if found.identity != self.layout.identity:
             raise ValueError(
                 f"this trajectory was made from {self.base.id} ({self.layout.architecture}, {self.layout.num_layers} "

@@ -22,7 +22,7 @@ from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes
+from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes, note_of_few_groups
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
 from gisp_hf.training.ending import describe, slice_zeros
 from gisp_hf.training.identity import identify, note_of_pruned_base
@@ -269,7 +269,7 @@ class PruningCallback(TrainerCallback):
                 "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        layout = discover(model)
+        layout = discover(model, self.config.attention_unit)
         check_sizes(model, layout)
         self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes)
         self._use_cache = use_cache
@@ -325,8 +325,9 @@ class PruningCallback(TrainerCallback):
             self._restore(before, model)
         if state.is_world_process_zero:
             _warn_of_slow_dtype(model)
-            if (note := note_of_pruned_base(self.trajectory)) is not None:
-                tqdm.write(note)
+            for note in (note_of_pruned_base(self.trajectory), note_of_few_groups(self.engine.layout, self.config)):
+                if note is not None:
+                    tqdm.write(note)
         mode.switch_off_dropout()
         clipped = mode.switch_off_clipping(args)
         if clipped and state.is_world_process_zero:

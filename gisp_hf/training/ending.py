@@ -21,7 +21,9 @@ def describe(model: PreTrainedModel, engine: Engine) -> None:
             CUT_IN_MEMORY.add(model)
         return
     try:
-        sizes = [block.size for block in discover(model).blocks]  # read off the weights, as they are
+        sizes = [
+            block.size for block in discover(model, engine.layout.attention_unit).blocks
+        ]  # read off the weights, as they are
     except ValueError as error:  # interrupted between two parameters of one block
         logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
         return
