@@ -1,6 +1,5 @@
 """The model that a finished run leaves: with torch_compile too, ``trainer.save_model()`` writes the pruned model."""
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -43,12 +42,3 @@ def test_zeros_that_were_asked_for_stay_with_a_warning(tmp_path, caplog) -> None
     assert "has its full size" in caplog.text and "the saved levels are sliced" in caplog.text
     assert discover(trainer.model).identity == pruner.engine.layout.identity
     assert trainer.model.config.model_type == "llama"
-
-
-@pytest.mark.slow
-def test_a_compiled_run_by_the_default_compiler(tmp_path) -> None:
-    trainer, pruner = finished(tmp_path, torch_compile=True)
-    level = AutoModelForCausalLM.from_pretrained(pruner.level_folders[0.4])
-    trainer.save_model(tmp_path / "saved")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    assert torch.equal(saved(IDS).logits, level(IDS).logits)
