@@ -1,6 +1,6 @@
 """GISP (Global Iterative Structured Pruning, arXiv 2510.18030) for the Hugging Face Trainer.
 
-Importing the package also teaches the Auto classes the pruned checkpoints that it writes.
+Importing the package also teaches the Auto classes and PEFT the pruned checkpoints that it writes.
 """
 
 from transformers import AutoConfig
@@ -14,6 +14,7 @@ from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.folder import restore_level
 from gisp_hf.recovery.restore import restore
+from gisp_hf.upstream import teach_peft
 from gisp_hf.version import __version__
 
 __all__ = [
@@ -32,3 +33,4 @@ deprecated.install()
 
 for _family in FAMILIES:
     AutoConfig.register(_family.pruned_config.model_type, _family.pruned_config)
+    teach_peft(_family.model_type, _family.pruned_config.model_type)

@@ -17,7 +17,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = ("params", "root", "reference", "sta
 LayoutName = Literal["free", "uniform"]
 LAYOUTS: tuple[LayoutName, ...] = ("free", "uniform")
 # What `prune` may say besides the name of a kind -> the kinds that are pruned; None: all.
-PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention",), "channels": ("mlp",)}
+PRUNE: dict[str, tuple[str, ...] | None] = {"both": None, "heads": ("attention", "query"), "channels": ("mlp",)}
 
 
 def _with_old_minimum(old: str, count: Any, minimum_kept: Any) -> dict[str, Any]:
@@ -109,6 +109,13 @@ class GISPConfig:
             "channels, so that levels are plain checkpoints of the family. Default: the method's own, free for gisp."
         },
     )
+    attention_unit: str = field(
+        default="group",
+        metadata={
+            "help": "What goes from attention: group, a key/value group with its query heads; or query, the same "
+            "number of query heads from each group of a layer, the lowest scored of each, while keys and values stay."
+        },
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.sparsity_levels, (int, float)):
@@ -118,6 +125,7 @@ class GISPConfig:
         self._fill_in_method()
         choices: dict[str, tuple[str, ...]] = {"schedule": SCHEDULES, "normalization": NORMALIZATIONS}
         choices |= {"prune": (*PRUNE, *KINDS), "layout": LAYOUTS}
+        choices |= {"attention_unit": ("group", "query")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
@@ -146,6 +154,12 @@ class GISPConfig:
                     f"{name}={value:g} keeps layers at full size, and layout='uniform' gives all layers one size; "
                     f"leave {name} out, or use layout='free'"
                 )
+
+        if self.uniform and self.attention_unit != "group":
+            raise ValueError(
+                f"layout='uniform' counts key/value groups, and attention_unit={self.attention_unit!r} removes query "
+                "heads from them; use attention_unit='group', or layout='free'"
+            )
 
     def _check_levels(self) -> None:
         levels = self.sparsity_levels

@@ -1,6 +1,6 @@
 """``GISPPruner`` and ``prune``: the additions to a Trainer script."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from gisp_hf.levels.stage import Save
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.stage import Restore
-from gisp_hf.training.callback import PruningCallback, move_before_trackers
+from gisp_hf.training.callback import PruningCallback
+from gisp_hf.training.log import move_before_trackers
 from gisp_hf.training.resume import newest_checkpoint, set_aside_broken
 from gisp_hf.training.stages import Stage
 
@@ -35,10 +36,11 @@ class GISPPruner(PruningCallback):
     ``trainer.train(resume_from_checkpoint=True)``.
 
     Args:
-        config: how to prune; the defaults of ``GISPConfig`` if None.
+        config: how to prune, a ``GISPConfig`` or a dict of its fields; its defaults if None.
         output_dir: where levels are saved; the Trainer's own ``output_dir`` if None.
         shrink: slice structures out during the run, which makes it cheaper. None: wherever nothing wraps the
-            parameters. False: keep zeros in their place, in the model that the Trainer holds; saved levels are sliced.
+            parameters; with ``torch_compile``, at the end of the run. False: keep zeros in their place, in the model
+            that the Trainer holds; saved levels are sliced.
         layer_passes: bounds the memory of gradients by scoring the layers in this many parts, one pass over the data
             for each: a step then takes as many optimizer steps, and the data set must be just one step's examples.
         chunk_tokens: compute the model's own loss this many tokens at a time, which saves the memory of a batch's
@@ -76,7 +78,7 @@ class GISPPruner(PruningCallback):
 
     def __init__(
         self,
-        config: GISPConfig | None = None,
+        config: GISPConfig | Mapping[str, Any] | None = None,
         output_dir: str | Path | None = None,
         *,
         shrink: bool | None = None,
@@ -93,7 +95,8 @@ class GISPPruner(PruningCallback):
         base_revision: str | None = None,
         calibration: dict[str, Any] | None = None,
     ) -> None:
-        config = config or GISPConfig()
+        if not isinstance(config, GISPConfig):
+            config = GISPConfig.from_dict(dict(config or {}))
         find_method(config.method)
         measured = [] if evaluate is None else [Measure(evaluate)]
         then: list[Stage] = [*measured, *stages]
@@ -125,7 +128,7 @@ class GISPPruner(PruningCallback):
 
 def prune(
     trainer: Trainer,
-    config: GISPConfig | None = None,
+    config: GISPConfig | Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
     *,
     resume_from_checkpoint: bool | str | None = None,

@@ -161,6 +161,8 @@ def check_trajectory(facts: Mapping[str, Any]) -> None:
     if base.get("revision") is not None:
         check_text(base["revision"], "base.revision")
     check_layout(facts)
+    if base.get("unpruned") is not None:
+        check_whole(base["unpruned"], "base.unpruned", least=facts["total"])
     config = check_object(facts["config"], "config")
     _check_plain(config, "config", most=SIZE)
     steps = check_list(facts["steps"], "steps", longest=BLOCKS)
@@ -186,6 +188,9 @@ def check_layout(facts: Mapping[str, Any]) -> None:
         check_text(block.get("kind"), f"{place}.kind")
         structures += check_whole(block.get("size"), f"{place}.size", least=1, most=SIZE)
         check_whole(block.get("cost"), f"{place}.cost")
+        parts = check_whole(block.get("parts", 1), f"{place}.parts", least=1, most=block["size"])
+        if block["size"] % parts:
+            raise ValueError(f"{place}.parts is {parts}, which does not divide its {block['size']} structures")
         members = check_list(block.get("members"), f"{place}.members", longest=MEMBERS)
         if not members:
             raise ValueError(f"{place}.members is empty: no parameter belongs to this block")

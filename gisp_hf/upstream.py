@@ -1,13 +1,15 @@
 """Private parts of other libraries, where no public part does the same. A test for each notices a change."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from huggingface_hub.utils import _http, get_session, httpx
+from peft.utils import constants as peft_constants
 from torch import nn
-from transformers import TrainerCallback
+from transformers import DynamicCache, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 _ABSENT = object()
@@ -55,6 +57,18 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
     return {name: cache}
 
 
+def add_to_notebook(handler: CallbackHandler | None, columns: Mapping[str, Any]) -> None:
+    """Adds columns to the next line of the table that the Trainer shows in a notebook.
+
+    transformers 5.24: ``NotebookProgressCallback`` writes the loss alone, but its table takes any column.
+    """
+    for callback in [] if handler is None else handler.callbacks:
+        tracker = getattr(callback, "training_tracker", None)
+        if tracker is not None:
+            write = type(tracker).write_line
+            tracker.write_line = lambda values, tracker=tracker, write=write: write(tracker, {**values, **columns})
+
+
 def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:
     """Calls ``hook`` with every request of huggingface_hub before it is sent; adding it twice changes nothing.
 
@@ -76,3 +90,33 @@ def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:
 
         client.event_hooks["request"].append(hook)
         _http._GLOBAL_CLIENT_FACTORY = with_hook
+
+
+def teach_peft(model_type: str, pruned_type: str) -> None:
+    """Gives a pruned model type what PEFT knows of its family: the modules of LoRA, IA3 and other adapters.
+
+    PEFT 0.21 keeps one table a method, by model type, and has no function to add to them.
+    """
+    for name, table in vars(peft_constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and model_type in table:
+            table.setdefault(pruned_type, table[model_type])
+    peft_constants.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING[pruned_type] = _fit_prefix  # type: ignore
+
+
+def _fit_prefix(states: tuple[torch.Tensor, ...]) -> DynamicCache:
+    """The cache that prefix tuning starts from, with as many key/value heads as each layer has.
+
+    PEFT 0.21 makes the same number for all layers, and cuts them to size for Gemma 4 alone. It hands its
+    post-processing the tensors and nothing else: the caller's frame is the only way to the model.
+
+    Args:
+        states: per layer, keys and values of shape ``(2, B, K, T, h)``, with ``K`` of the unpruned model.
+    """
+    frame = inspect.currentframe()
+    assert frame is not None and frame.f_back is not None
+    config = frame.f_back.f_locals["base_model"].config
+    cache = DynamicCache(config=config)
+    for number, (layer, (keys, values)) in enumerate(zip(config.per_layer_config, states)):
+        heads = slice(layer.num_key_value_heads)
+        cache.update(keys[:, heads], values[:, heads], number)
+    return cache

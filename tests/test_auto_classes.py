@@ -1,5 +1,6 @@
 """Levels load through every Auto class that their family has, with the package and by their own code alone."""
 
+import copy
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    LlamaConfig,
     Trainer,
     TrainingArguments,
 )
+from transformers.generation.continuous_batching.utils import find_num_key_value_heads
 
 import gisp_hf  # noqa: F401  teaches the Auto classes the pruned checkpoints
 from gisp_hf.models import modeling_gisp
@@ -178,3 +181,26 @@ def test_remote_code_alone_is_enough_for_every_auto_class(tmp_path) -> None:
     assert len(lines) == len(expected)
     for line, hidden in zip(lines, expected):
         assert torch.equal(torch.tensor(line).float().view_as(hidden), hidden)
+
+
+# ---- what raises inside Transformers (docs/transformers.md) ----------------------------------------------------------
+
+
+def test_configs_of_levels_can_be_compared() -> None:
+    one, same = (AutoConfig.from_pretrained(GOLDEN / "levels" / "sparsity-0.30") for _ in range(2))
+    other = AutoConfig.from_pretrained(GOLDEN / "levels" / "sparsity-0.15")
+    assert one == same and one != other and one != AutoConfig.from_pretrained(GOLDEN / "base")
+    assert copy.deepcopy(one) == one
+    same.rms_norm_eps = 0.5
+    assert one != same
+
+
+def test_a_plain_config_with_per_layer_sizes_still_cannot() -> None:
+    """When this fails, Transformers has mended it: ``PrunedConfigMixin.__eq__`` and a row of the page can go."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
+    overrides = {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
+    one, same = (LlamaConfig(**sizes, per_layer_config=overrides) for _ in range(2))
+    with pytest.raises(RuntimeError, match="'num_attention_heads' is a per-layer attribute"):
+        one == same  # noqa: B015
+    with pytest.raises(RuntimeError, match="'num_key_value_heads' is a per-layer attribute"):
+        find_num_key_value_heads(one)  # so that generate_batch raises

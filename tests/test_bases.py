@@ -1,6 +1,7 @@
 """The base of a run: its names under wrappers, its devices, its revision, and a base that is itself pruned."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from gisp_hf import GISPPruner, load_level
+from gisp_hf import GISPPruner, Trajectory, load_level
 from gisp_hf.criteria.base import share_out
 from gisp_hf.criteria.taylor import Taylor
 from gisp_hf.models import discover
@@ -200,3 +201,110 @@ def test_the_unpruned_model_is_not_the_base_of_a_chain(chain, tmp_path) -> None:
     tiny_model().save_pretrained(tmp_path / "unpruned")
     with pytest.raises(ValueError, match="Give the unpruned model, as it was before that run"):
         load_level(chain[1].output_dir, sparsity=0.1, base_model=tmp_path / "unpruned")
+
+
+def test_a_pruned_base_is_named_and_its_sparsity_counts_from_the_unpruned_model(tmp_path, capsys) -> None:
+    """Oracle: parameters of the decoder layers, counted in the models themselves."""
+
+    def parameters(model) -> int:
+        return sum(p.numel() for p in model.model.layers.parameters())
+
+    first = prune(tiny_model(), tmp_path / "first", config=tiny_config(sparsity_levels=(0.3,)))
+    base = AutoModelForCausalLM.from_pretrained(first.level_folders[0.3])
+    at_start = parameters(base)
+    capsys.readouterr()
+    trainer = make_trainer(base, tmp_path / "second", config=tiny_config(sparsity_levels=(0.1, 0.2)))
+    trainer.train()
+    pruner = next(cb for cb in trainer.callback_handler.callbacks if isinstance(cb, GISPPruner))
+    total = parameters(tiny_model())
+    note = capsys.readouterr().out.splitlines()[0]
+    assert f"is pruned already: its decoder layers have {at_start:,} of {total:,} parameters" in note
+    assert pruner.trajectory.base.unpruned == total and first.trajectory.base.unpruned is None
+    assert pruner.trajectory.of_unpruned(0) == pytest.approx(1 - at_start / total)
+    reached = 1 - parameters(base) / total
+    assert trainer.state.log_history[-2]["sparsity_of_unpruned"] == pytest.approx(reached)
+    for folder in (pruner.output_dir, pruner.level_folders[0.2]):
+        again = Trajectory.load(folder)
+        assert again.base == pruner.trajectory.base
+        assert again.of_unpruned(again.highest_sparsity()) == pytest.approx(reached)
+    assert first.trajectory.of_unpruned(0.3) == pytest.approx(0.3)
+    third = prune(
+        AutoModelForCausalLM.from_pretrained(pruner.level_folders[0.2]),
+        tmp_path / "third",
+        config=tiny_config(sparsity_levels=(0.1,)),
+    )
+    assert third.trajectory.base.unpruned == total  # of the first model, however long the chain
+
+
+def test_the_file_of_an_unpruned_base_is_as_before(tmp_path) -> None:
+    pruner = prune(tiny_model(), tmp_path, config=tiny_config(sparsity_levels=(0.3,)))
+    facts = json.loads((pruner.output_dir / "trajectory.json").read_text())
+    assert set(facts["base"]) == {"id", "revision", "fingerprint"}
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, "12", True, 100])
+def test_an_odd_size_of_the_unpruned_model_is_refused(chain, number) -> None:
+    folder = chain[1].output_dir
+    facts = json.loads((folder / "trajectory.json").read_text())
+    facts["base"]["unpruned"] = number  # 100: fewer than the base has itself
+    (folder / "trajectory.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="base.unpruned must be a whole number from"):
+        Trajectory.load(folder)
+
+
+# ---- a model that a stopped run left ---------------------------------------------------------------------------------
+
+
+class _Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def stopped(folder, **options):
+    """(model, pruner) of a run that was stopped after three of five steps, outside the pruner."""
+    model = tiny_model()
+    model.name_or_path = "org/base"
+    pruner = GISPPruner(tiny_config(), folder / "levels", **options)
+    trainer = make_trainer(model, folder, pruner=pruner)
+    trainer.add_callback(_Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return model, pruner
+
+
+def test_a_model_whose_weights_do_not_match_its_config_is_refused(tmp_path) -> None:
+    model, pruner = stopped(tmp_path / "first")
+    number, block = next(
+        (number, block)
+        for number, block in enumerate(discover(model).blocks)
+        if block.size < pruner.engine.layout.blocks[number].size
+    )
+    before = pruner.engine.layout.blocks[number].size
+    with pytest.raises(ValueError, match=rf"{block.name} has {block.size} \w+, the config says {before}.*anew"):
+        make_trainer(model, tmp_path / "second")
+    assert not (tmp_path / "second" / "levels").exists()
+    pruner.close()  # now its config says what it is
+    second = prune(model, tmp_path / "third", config=tiny_config(sparsity_levels=(0.1,)))
+    assert second.trajectory.base.id == "org/base, pruned in memory"
+    assert second.trajectory.base.unpruned == pruner.engine.layout.total
+
+
+def test_a_model_with_zeros_of_another_run_does_not_claim_its_base(tmp_path) -> None:
+    model, pruner = stopped(tmp_path / "first", shrink=False)
+    pruner.close()
+    second = prune(model, tmp_path / "second", config=tiny_config(sparsity_levels=(0.5,)))
+    assert second.trajectory.base.id == "org/base, pruned in memory"
+
+
+def test_a_base_that_was_pruned_in_memory_is_not_looked_for_under_its_old_name(tmp_path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "unpruned")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "unpruned")
+    prune(model, tmp_path / "first", config=tiny_config(sparsity_levels=(0.3,)))
+    second = prune(model, tmp_path / "second", config=tiny_config(sparsity_levels=(0.1,)))
+    with pytest.raises(FileNotFoundError, match=r"pruned in memory.*base_model= names"):
+        load_level(second.output_dir, sparsity=0.1)
+    saved = tmp_path / "first" / "levels" / "sparsity-0.30"
+    cut = load_level(second.output_dir, sparsity=0.1, base_model=saved)
+    assert torch.equal(cut(IDS).logits, model(IDS).logits)

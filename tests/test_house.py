@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "gisp_hf"
 # From the ground up: the way that the data take. Rooms, and the modules that stand between them.
 ORDER = [
     *("version", "atomic", "deprecated", "untrusted", "upstream"),
+    *("report.plots", "report.tables"),  # plain rows in, a picture or a text out
     "data.records",
     "losses",
     "data",

@@ -34,7 +34,7 @@ class Flap(ActivationCriterion):
                 count, total, squares = sums[number, member.parameter]
                 variance = ((squares - total.square() / count) / (count - 1).clamp_min(1)).clamp_min(0)
                 values = variance * self.weight(member.parameter, variance.device).square().sum(dim=0)
-                if block.kind == "attention":
+                if block.kind in ("attention", "query"):
                     values = values.square()
                 score = averages(standardized(values), member, block.size) + score.to(values.device)
             scores.append(score)

@@ -133,8 +133,9 @@ class ChunkedLoss:
         """Raises ValueError if the loss of the step did not come through here."""
         if not self.used:
             raise ValueError(
-                "chunk_tokens needs the model's own loss, but another one was used (compute_loss_func or label "
-                "smoothing), which saw hidden states in place of logits; use chunk_tokens=None"
+                "chunk_tokens needs the model's own loss, but another one was used: compute_loss_func or label "
+                "smoothing, which saw hidden states in place of logits, or a trainer of TRL (SFTTrainer, DPOTrainer), "
+                "which computes its loss in chunks by itself; use chunk_tokens=None"
             )
         self.used = False
 

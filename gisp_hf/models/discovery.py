@@ -29,12 +29,14 @@ def family_of(model: PreTrainedModel) -> Family:
     )
 
 
-def discover(model: PreTrainedModel, kinds: Collection[str] | None = None) -> Layout:
+def discover(model: PreTrainedModel, kinds: Collection[str] | None = None, *, attention_unit: str = "group") -> Layout:
     """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
 
     Args:
         kinds: names of the kinds of structure to look for: some of the family's, or one whose structures are whole
             layers. None: all of the family's, which divide its layers further.
+        attention_unit: where ``kinds`` is None, what they have of attention: ``group`` or ``query``
+            (`GISPConfig.attention_unit`).
 
     Raises:
         ValueError: if no family fits, the family has no such kind, or the sizes of a layer contradict each other.
@@ -47,8 +49,9 @@ def discover(model: PreTrainedModel, kinds: Collection[str] | None = None) -> La
             f"the model has {len(numbered)} decoder layers, and its config says {model.config.num_hidden_layers}; load "
             "it anew"
         )
-    kinds = [row.kind for row in family.blocks] if kinds is None else kinds
-    rows = [row for row in family.blocks if row.kind in kinds]
+    usual = family.rows("query" if kinds is not None and "query" in kinds else attention_unit)
+    kinds = [row.kind for row in usual] if kinds is None else kinds
+    rows = [row for row in usual if row.kind in kinds]
     whole = [kind for kind in kinds if kind in KINDS and KINDS[kind].whole]
     if not kinds or (len(kinds) > 1 if whole else len(rows) < len(kinds)):
         raise ValueError(
@@ -102,6 +105,7 @@ def _block(layer: nn.Module, row: BlockRow, *, model: PreTrainedModel, prefix: s
         cost=cost,
         members=tuple(members),
         reference_cost=row.reference(members[0].width, size, model.config.hidden_size) if row.reference else None,
+        parts=1 if row.parts is None else layer.get_parameter(f"{row.parts.module}.weight").shape[row.parts.dim] // per,
     )
 
 

@@ -35,7 +35,10 @@ class BlockRow:
         projections: the weights that go with a structure.
         counted: the projection whose length, along its ``dim``, tells the number of structures.
         per: ``(module, attribute)`` that holds the length of one structure there; None: 1.
-        attributes: ``(module, attribute)`` pairs that hold the number of structures and follow when it changes.
+        attributes: ``(module, attribute)`` pairs that hold the number of structures (in one part, if there are
+            several) and follow when it changes.
+        parts: the projection whose length tells the number of parts, each of which loses as many structures as the
+            others; None: one part.
         reference: (rows of the first projection per structure, structures, hidden size) -> the constant by which the
             published code divides; None: the number of parameters.
     """
@@ -46,6 +49,7 @@ class BlockRow:
     per: tuple[str, str] | None = None
     attributes: tuple[tuple[str, str], ...] = ()
     reference: Callable[[int, int, int], int] | None = None
+    parts: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,21 @@ class Family:
         assert found is not None
         return found
 
+    def rows(self, attention_unit: str = "group") -> tuple[BlockRow, ...]:
+        """The rows of blocks, with query heads in place of key/value groups if ``attention_unit`` is ``query``.
+
+        Raises:
+            ValueError: if the family keeps its attention otherwise than in separate projections.
+        """
+        if attention_unit == "group":
+            return self.blocks
+        if ATTENTION not in self.blocks:
+            raise ValueError(
+                f"{self.model_class} has no separate query projection with the usual names, which "
+                f"attention_unit={attention_unit!r} needs; use attention_unit='group'"
+            )
+        return tuple(QUERY if row == ATTENTION else row for row in self.blocks)
+
 
 ATTENTION = BlockRow(
     kind="attention",
@@ -83,6 +102,16 @@ ATTENTION = BlockRow(
     counted=Projection("self_attn.k_proj", 0),
     per=("self_attn", "head_dim"),
     reference=lambda width, size, hidden: 4 * width * hidden,  # 4 * h * d for each query head
+)
+# In place of `ATTENTION`: as many query heads from each key/value group; keys and values stay.
+QUERY = BlockRow(
+    kind="query",
+    projections=(Projection("self_attn.q_proj", 0), Projection("self_attn.o_proj", 1)),
+    counted=Projection("self_attn.q_proj", 0),
+    per=("self_attn", "head_dim"),
+    attributes=(("self_attn", "num_key_value_groups"),),
+    reference=lambda width, size, hidden: 4 * width * hidden,
+    parts=Projection("self_attn.k_proj", 0),
 )
 MLP = BlockRow(
     kind="mlp",

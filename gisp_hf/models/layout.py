@@ -42,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(
         "attention", "group", "groups", ("num_attention_heads", "num_key_value_heads"), "key/value groups"
     ),
+    "query": Kind("query", "query head", "query_heads", ("num_attention_heads",), "query heads"),
     "mlp": Kind("mlp", "channel", "channels", ("intermediate_size",), title="MLP channels"),
     "layer": Kind("layer", "layer", "layers", ("num_hidden_layers",), title="decoder layers", whole=True),
 }
@@ -94,7 +95,8 @@ class Block:
     """All structures of one kind in one decoder layer.
 
     ``cost`` is the number of parameters that go with one structure. ``reference_cost`` is the constant by which the
-    published code divides its score (`gisp_hf.pruning.normalization`).
+    published code divides its score (`gisp_hf.pruning.normalization`). ``parts``: structures lie side by side in this
+    many equal parts, each of which loses as many as the others (query heads: one part for each key/value group).
     """
 
     layer: int
@@ -103,6 +105,7 @@ class Block:
     cost: int
     members: tuple[Member, ...] = ()
     reference_cost: int | None = None
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -116,7 +119,8 @@ class Block:
     def to_dict(self) -> dict[str, Any]:
         facts = {"layer": self.layer, "kind": self.kind, "size": self.size, "cost": self.cost}
         facts["members"] = [member.to_dict() for member in self.members]
-        return facts | ({} if self.reference_cost is None else {"reference_cost": self.reference_cost})
+        facts |= {} if self.reference_cost is None else {"reference_cost": self.reference_cost}
+        return facts | ({} if self.parts == 1 else {"parts": self.parts})
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,11 @@ class Layout:
     def whole(self) -> bool:
         """Whether its structures are whole layers."""
         return any(kind.whole for kind in self.kinds)
+
+    @property
+    def attention_unit(self) -> str:
+        """What is removed from attention (`GISPConfig.attention_unit`): ``group`` or ``query``."""
+        return "query" if self.of_kind("query") else "group"
 
     def of_kind(self, name: str) -> list[int]:
         """Numbers of the blocks of one kind, in the order of layers."""

@@ -43,6 +43,10 @@ class PrunedConfigMixin:
                     f"num_key_value_heads ({layer.num_key_value_heads})"
                 )
 
+    def __eq__(self, other: object) -> bool:
+        # The one that dataclass makes reads every field, and a config with per-layer sizes refuses to give some.
+        return type(other) is type(self) and other.to_dict() == self.to_dict()  # type: ignore[attr-defined]
+
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         if self.auto_classes:  # every one of them, whichever model is saved: a head can be put on any level
             self.auto_map = dict(self.auto_classes)
@@ -88,6 +92,7 @@ def _pruned(config_class: Any, *family_classes: type[hf.PreTrainedModel]) -> lis
     """The pruned classes of a family, known to the Auto classes and to ``auto_map``."""
     made = []
     config_class.register_for_auto_class("AutoConfig")
+    config_class.__eq__ = PrunedConfigMixin.__eq__
     config_class.auto_classes = {"AutoConfig": f"modeling_gisp.{config_class.__name__}"}
     for family_class in family_classes:
         name = f"Gisp{family_class.__name__}"

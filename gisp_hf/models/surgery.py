@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from gisp_hf.models.shards import local_rows
 COMPENSATION_KEY = "compensation_bias"  # of a pruned config: see `add_compensation_biases` in modeling_gisp.py
 # Keys of configs that hold one entry for each layer.
 LAYER_LISTS = ("layer_types",)
+CUT_IN_MEMORY: WeakSet[nn.Module] = WeakSet()  # pruned models that are not what their ``name_or_path`` names any more
 
 
 @torch.no_grad()
@@ -53,10 +55,10 @@ def slice_structures(model: PreTrainedModel, layout: Layout, kept: Sequence[torc
         if isinstance(owner, nn.Linear) and parameter.ndim == 2:
             owner.out_features, owner.in_features = parameter.shape
     family = family_of(model)
-    rows = {row.kind: row for row in family.blocks}
+    rows = {row.kind: row for row in family.rows(layout.attention_unit)}
     for block, keep in zip(layout.blocks, kept):
         for path, attribute in rows[block.kind].attributes if 0 < len(keep) < block.size else ():
-            setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep))
+            setattr(model.get_submodule(f"{family.layers}.{block.layer}.{path}"), attribute, len(keep) // block.parts)
     if layout.whole:
         there = [keep for block, keep in zip(layout.blocks, kept) if block.size]
         stay = [number for number, keep in enumerate(there) if len(keep)]
@@ -136,10 +138,12 @@ def as_pruned_model(model: PreTrainedModel, layout: Layout, counts: Sequence[int
     model that has lost whole layers keeps its own class, and has the right config already.
     """
     if layout.whole:
+        CUT_IN_MEMORY.add(model)
         return model
     family = family_of(model)
     set_pruned_config(model.config, family, layout=layout, counts=counts)
     model.__class__ = _model_class(model.config, family)
+    CUT_IN_MEMORY.add(model)
     return model
 
 
@@ -158,6 +162,19 @@ def pruned_shell(model: PreTrainedModel, layout: Layout, counts: Sequence[int]) 
         shell = model_class(config)
     shell.generation_config = copy.deepcopy(model.generation_config)
     return shell
+
+
+def empty_copy(model: PreTrainedModel, *, unpruned: bool = False) -> PreTrainedModel:
+    """A model without weights (on the meta device) of the size that the config of ``model`` describes.
+
+    Args:
+        unpruned: the size that it described before anything was removed.
+    """
+    config = copy.deepcopy(model.config)
+    if unpruned:
+        config.per_layer_config = None
+    with torch.device("meta"):
+        return family_of(model).pruned_model(config)
 
 
 def _model_class(config: PreTrainedConfig, family: Family) -> type[PreTrainedModel]:

@@ -314,6 +314,13 @@ class Engine:
             return nullcontext(frozenset())
         return compensated(self.model, self.now, self.compensation.biases)
 
+    def slice_zeros(self) -> None:
+        """Slices out the structures that are zeros so far; from now on, structures are sliced out at once."""
+        kept = self.kept()
+        reduced = self.now.reduced(kept)
+        slice_structures(self.model, self.now, kept)
+        self.now, self.shrink = reduced, True
+
     def _operate(self) -> Mapping[str, int]:
         """Brings the model in line with the order."""
         masks = removed_masks(

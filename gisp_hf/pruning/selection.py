@@ -20,15 +20,18 @@ def minimum_kept(layout: Layout, config: GISPConfig) -> list[int]:
     return [
         block.size
         if block.layer in protected or not config.prunes(block.kind)
-        else min(block.size, config.minimum_of(block.kind))
+        else min(block.size, math.ceil(config.minimum_of(block.kind) / block.parts) * block.parts)
         for block in layout.blocks
     ]
 
 
 def kept_structures(block: Block, num_ordered: int, multiples: Mapping[str, int]) -> int:
-    """Structures a block has left when ``num_ordered`` of it stand in the order, rounded up to the kind's multiple."""
+    """Structures a block has left when ``num_ordered`` of it stand in the order.
+
+    Rounded up to the kind's multiple, and so that all parts of the block have the same number.
+    """
     kept = block.size - num_ordered
-    multiple = multiples.get(block.kind, 1)
+    multiple = math.lcm(multiples.get(block.kind, 1), block.parts)
     if multiple > 1 and num_ordered:
         kept = min(block.size, math.ceil(kept / multiple) * multiple)
     return kept
@@ -205,6 +208,31 @@ def fractions_of_block(
     return fractions
 
 
+def _in_sets(block: Block, candidates: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Structures in sets of one from each part, the lowest scored of each together; a set has the mean of its scores.
+
+    The highest of all parts are the last set, the second highest the one before: if one part has lost more than
+    another in a set that is not complete yet, what is missing of that set comes first.
+
+    Args:
+        candidates: increasing indices of structures, int64 of shape ``(n,)``.
+        scores: theirs, ``(n,)``.
+
+    Returns:
+        Both in the order of removal, scores not falling.
+    """
+    part = candidates // (block.size // block.parts)
+    place = torch.empty_like(candidates)  # of each structure, the number of its set, counted from the last
+    for number in part.unique():
+        own = (part == number).nonzero().squeeze(1)
+        place[own[torch.sort(scores[own], stable=True).indices]] = torch.arange(len(own) - 1, -1, -1)
+    sums = torch.zeros(int(place.max()) + 1, dtype=scores.dtype).index_add_(0, place, scores)
+    means = sums / place.bincount()
+    rising = means.flip(0).cummax(0).values.flip(0)
+    by_set = torch.sort(place, descending=True, stable=True).indices
+    return candidates[by_set], rising[place[by_set]]
+
+
 def select(
     layout: Layout,
     scores: Sequence[torch.Tensor | None],
@@ -237,9 +265,12 @@ def select(
         if score is None or block.size <= minimum[number]:
             continue
         candidates = (positions < 0).nonzero().squeeze(1)
+        found = score.cpu()[candidates]
+        if block.parts > 1:
+            candidates, found = _in_sets(block, candidates, found)
         owners.append(torch.full_like(candidates, number))
         indices.append(candidates)
-        values.append(score.cpu()[candidates])
+        values.append(found)
     if not owners:
         return []
     # Blocks are ordered by (layer, kind) and candidates by index: a stable sort breaks ties as promised.

@@ -67,11 +67,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a trajectory was made from."""
+    """The model that a trajectory was made from.
+
+    ``unpruned``: parameters that the decoder layers had before anything was removed, if the base is itself a pruned
+    model; None if it is not.
+    """
 
     id: str
     revision: str | None
     fingerprint: str
+    unpruned: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "unpruned" or value is not None}
 
 
 @accept_old_arguments({"ranks": "order"})
@@ -97,6 +105,58 @@ class Trajectory:
         warn_renamed("Trajectory.ranks", "Trajectory.order")
         return self.order
 
+    def __repr__(self) -> str:
+        return (
+            f"Trajectory({self.layout.architecture}, {self.layout.num_layers} layers, base {self.base.id!a}: "
+            f"{len(self):,} of {sum(block.size for block in self.layout.blocks):,} structures removed, sparsity "
+            f"{self.highest_sparsity():.4f})"
+        )
+
+    def summary(self) -> str:
+        """A table of the levels that the order reaches: structures and parameters that the decoder layers have left."""
+        from gisp_hf.report.tables import format_table
+
+        rows = []
+        for sparsity in (0.0, *self._levels()):
+            length = self.prefix(sparsity) if sparsity else 0
+            left = {kind.name: 0 for kind in self.layout.kinds}
+            for block, keep in zip(self.layout.blocks, self.kept_at(length)):
+                left[block.kind] += len(keep)
+            parameters = round((1 - self.sparsity_at(length)) * self.layout.total)
+            rows.append({"sparsity": sparsity, **left, "parameters": parameters})
+        columns = {"sparsity": "sparsity", **{kind.name: kind.title or kind.plural for kind in self.layout.kinds}}
+        return f"{self!r}\n\n" + format_table(
+            rows, {**columns, "parameters": "decoder-layer parameters"}, formats={"sparsity": ".0%"}
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draws what each layer has lost at each level (`gisp_hf.report.plot_removed`); needs matplotlib.
+
+        Args:
+            path: the file to write; its suffix picks the format (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            ValueError: if the order reaches none of the config's levels.
+        """
+        from gisp_hf.report.plots import plot_removed
+
+        if not self._levels():
+            raise ValueError(
+                f"{self!r} reaches none of the levels {self.config.sparsity_levels}; there is nothing to draw"
+            )
+        plot_removed({sparsity: self.removed_by_layer(sparsity) for sparsity in self._levels()}, path)
+
+    def removed_by_layer(self, sparsity: float) -> dict[str, list[float]]:
+        """Kind -> the fraction of its structures (0-1) that each layer has lost at ``sparsity``."""
+        fractions = {kind.name: [0.0] * self.layout.num_layers for kind in self.layout.kinds}
+        for block, keep in zip(self.layout.blocks, self.kept(sparsity)):
+            fractions[block.kind][block.layer] = 1 - len(keep) / block.size
+        return {kind.title or kind.plural: fractions[kind.name] for kind in self.layout.kinds}
+
+    def _levels(self) -> list[float]:
+        """The levels of the config that the order reaches."""
+        return [level for level in self.config.sparsity_levels if level <= self.highest_sparsity() + 1e-9]
+
     def __len__(self) -> int:
         """The number of structures in the order."""
         return sum(int((positions >= 0).sum()) for positions in self.order)
@@ -117,6 +177,14 @@ class Trajectory:
         return removed_parameters(
             self.layout, self.order, length=length, multiples=multiples, uniform=self.config.uniform
         )
+
+    def of_unpruned(self, sparsity: float) -> float:
+        """The sparsity counted from the unpruned model: another number than ``sparsity`` if the base is pruned itself.
+
+        Both are fractions of decoder layers' parameters: ``sparsity`` of those of the base, the result of those that
+        the unpruned model had.
+        """
+        return 1 - (1 - sparsity) * self.layout.total / (self.base.unpruned or self.layout.total)
 
     def _multiples(self, channel_multiple: int | None) -> dict[str, int]:
         multiples = self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
@@ -218,7 +286,7 @@ class Trajectory:
         folder.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {
             "format": FORMAT,
-            "base": asdict(self.base),
+            "base": self.base.to_dict(),
             "config": self.config.to_dict(),
             "calibration": self.calibration,
             "architecture": self.layout.architecture,

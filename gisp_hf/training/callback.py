@@ -11,22 +11,21 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.losses.chunked import ChunkedLoss
 from gisp_hf.models import discover, family_of
 from gisp_hf.models.dtype import slow_factor
-from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
-from gisp_hf.models.surgery import as_pruned_model
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.checks import check_arguments, check_model, check_run_length
+from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes, note_of_few_groups
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
-from gisp_hf.training.identity import identify
+from gisp_hf.training.ending import describe, slice_zeros
+from gisp_hf.training.identity import identify, note_of_pruned_base
+from gisp_hf.training.log import log_step, move_before_trackers
 from gisp_hf.training.mode import CalibrationMode
 from gisp_hf.training.resume import (
     Progress,
@@ -79,6 +78,14 @@ class PruningCallback(TrainerCallback):
         self._steps: list[Step] = []
         self._losses: list[float] = []  # of the passes since the last pruning step
         self._chunked: ChunkedLoss | None = None
+
+    def __repr__(self) -> str:
+        levels = ", ".join(f"{level:g}" for level in self.config.sparsity_levels)
+        sparsity = 0.0 if self._engine is None else self._engine.sparsity
+        return (
+            f"{type(self).__name__}({self.config.method}, levels {levels}, {len(self._steps)} of "
+            f"{self.config.num_steps} steps, sparsity {sparsity:.4f})"
+        )
 
     @property
     def trajectory(self) -> Trajectory:
@@ -216,6 +223,9 @@ class PruningCallback(TrainerCallback):
                 f"training ended after {done} of {self.config.num_steps} pruning steps: the data ran out, or another "
                 f"callback stopped it. Saved so far: {saved}{push}"
             )
+        slice_zeros(
+            model, self.engine, wrapped=self.shrink is False or is_distributed(args) or is_sharded(model.parameters())
+        )
         for stage in self.stages:
             stage.finish(self.trajectory, self.levels)
 
@@ -232,8 +242,7 @@ class PruningCallback(TrainerCallback):
             return
         mode, self._mode, self._chunked = self._mode, None, None
         mode.close()
-        if self.engine.shrink:
-            _describe_sliced(mode.model, self.engine)
+        describe(mode.model, self.engine)
 
     @contextmanager
     def _giving_back(self) -> Iterator[None]:
@@ -263,7 +272,8 @@ class PruningCallback(TrainerCallback):
                 "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        layout = discover(model, find_method(self.config.method).kinds)
+        layout = discover(model, find_method(self.config.method).kinds, attention_unit=self.config.attention_unit)
+        check_sizes(model, layout)
         self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes)
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
@@ -320,6 +330,9 @@ class PruningCallback(TrainerCallback):
             self._restore(before, args, state, model)
         if state.is_world_process_zero:
             _warn_of_slow_dtype(model)
+            for note in (note_of_pruned_base(self.trajectory), note_of_few_groups(self.engine.layout, self.config)):
+                if note is not None:
+                    tqdm.write(note)
         mode.switch_off_dropout()
         clipped = mode.switch_off_clipping(args)
         if clipped and state.is_world_process_zero:
@@ -384,21 +397,16 @@ class PruningCallback(TrainerCallback):
         step = self._steps[-1] = replace(self._steps[-1], loss=loss)
         if not math.isfinite(loss):
             raise FloatingPointError(f"step {step.step} of {self.config.num_steps}: the calibration loss is {loss}")
-        numbers: dict[str, float] = {"sparsity": step.sparsity, "decoder_parameters": step.parameters}
-        numbers |= {f"{kind_of(kind).plural}_removed": count for kind, count in step.removed.items()}
-        entries = [logs]  # for the trackers and the progress bar, which come after this callback
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            entries.append(state.log_history[-1])
-        for entry in entries:
-            entry.update(numbers)
-            if not entry.get("grad_norm"):  # gradients were scored and freed before the Trainer took their norm
-                entry.pop("grad_norm", None)
-        if state.is_world_process_zero and args.disable_tqdm:  # the Trainer's bar shows the numbers otherwise
-            counts = " and ".join(f"{count:,} {kind_of(kind).plural}" for kind, count in step.removed.items())
-            tqdm.write(
-                f"GISP step {step.step}/{self.config.num_steps}: sparsity {step.sparsity:.4f}, loss {loss:.4f}, "
-                f"removed {counts}, {step.parameters / 1e6:,.1f}M parameters left in the decoder layers"
-            )
+        pruned_base = self._base is not None and self._base.unpruned is not None
+        log_step(
+            self,
+            step,
+            num_steps=self.config.num_steps,
+            sparsity_of_unpruned=self.trajectory.of_unpruned(step.sparsity) if pruned_base else None,
+            args=args,
+            state=state,
+            logs=logs,
+        )
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -471,13 +479,6 @@ class PruningCallback(TrainerCallback):
         return [sparsity for sparsity in self.config.sparsity_levels if sparsity <= target + 1e-9]
 
 
-def move_before_trackers(callback: TrainerCallback, handler: CallbackHandler | None) -> None:
-    """Lets this callback see logs first, so that what it adds to them reaches the trackers of ``report_to``."""
-    if handler is not None:
-        handler.callbacks.remove(callback)
-        handler.callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
-
-
 def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
     factor = slow_factor(model.dtype, model.device)
     if factor > 2:
@@ -487,15 +488,3 @@ def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
             str(model.dtype).removeprefix("torch."),
             factor,
         )
-
-
-def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:
-    """Gives a model that has lost structures the class and config that say so; an unchanged one stays as it is."""
-    try:
-        found = discover(model, engine.method.kinds)  # read off the weights, as they are
-    except ValueError as error:  # interrupted between two parameters of one block
-        logger.warning("the model was interrupted while structures were sliced out; load it anew (%s)", error)
-        return
-    sizes = [block.size for block in found.blocks]
-    if sizes != [block.size for block in engine.layout.blocks]:
-        as_pruned_model(model, engine.layout, sizes)

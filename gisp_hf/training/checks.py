@@ -6,7 +6,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from gisp_hf.config import GISPConfig
+from gisp_hf.models import discover
+from gisp_hf.models.layout import Layout, kind_of
 from gisp_hf.models.shards import plain_parameters
+from gisp_hf.models.surgery import empty_copy
+from gisp_hf.pruning.selection import minimum_kept
+from gisp_hf.training.mode import is_being_pruned
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -76,6 +82,49 @@ def check_model(model: PreTrainedModel) -> None:
                 f"{name} cannot have a gradient (dtype {parameter.dtype}, made under inference_mode: "
                 f"{parameter.is_inference()}); load the model in bfloat16 or float32, outside torch.inference_mode()"
             )
+
+
+def check_sizes(model: PreTrainedModel, layout: Layout) -> None:
+    """Refuses a model whose layers are not of the size that its config says.
+
+    Args:
+        layout: read off the weights of the model (`discover`).
+
+    Raises:
+        ValueError: with the first block that differs.
+    """
+    kinds = [kind.name for kind in layout.kinds]
+    described = {block.name: block.size for block in discover(empty_copy(model), kinds).blocks}
+    for block in layout.blocks:
+        if described.get(block.name) != block.size:
+            why = "another GISPPruner is pruning this model already, or was stopped: " if is_being_pruned(model) else ""
+            raise ValueError(
+                f"{why}the weights of the model do not match its config: {block.name} has {block.size} "
+                f"{kind_of(block.kind).plural}, the config says {described.get(block.name)}. A run that was stopped "
+                "leaves such a model until the pruner's close(); load the model anew with from_pretrained"
+            )
+
+
+def note_of_few_groups(layout: Layout, config: GISPConfig) -> str | None:
+    """What to tell at the start of a run in which at most half of the attention can go; None if more can.
+
+    A layer keeps one key/value group at least: with one or two groups, none or half of its attention can go.
+    """
+    numbers = layout.of_kind("attention")
+    if not numbers or not config.prunes("attention"):
+        return None
+    minimum = minimum_kept(layout, config)
+    blocks = [(layout.blocks[number], minimum[number]) for number in numbers]
+    whole = sum(block.size * block.cost for block, _ in blocks)
+    can_go = sum((block.size - least) * block.cost for block, least in blocks)
+    most = max(block.size for block, _ in blocks)
+    if most > 2:
+        return None
+    return (
+        f"GISP: layers of this model have {most} key/value group{'s' if most > 1 else ''}, and each keeps one: "
+        f"{can_go / whole:.0%} of the attention's parameters can go, {can_go / layout.total:.1%} of the decoder "
+        f"layers'. MLP channels bear the rest. GISPConfig(attention_unit='query') removes query heads instead"
+    )
 
 
 def check_run_length(

@@ -13,6 +13,11 @@ from gisp_hf.models.shards import plain_parameters
 _PRUNED_NOW: WeakSet[nn.Module] = WeakSet()  # models with a run under way
 
 
+def is_being_pruned(model: nn.Module) -> bool:
+    """Whether a run on the model is under way, or was stopped and has not given it back."""
+    return model in _PRUNED_NOW
+
+
 class CalibrationMode:
     """The state of a model during a run. `close` gives everything back; closing again does nothing.
 
