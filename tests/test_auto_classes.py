@@ -198,9 +198,8 @@ def test_configs_of_levels_can_be_compared() -> None:
 def test_a_plain_config_with_per_layer_sizes_still_cannot() -> None:
     """When this fails, Transformers has mended it: ``PrunedConfigMixin.__eq__`` and a row of the page can go."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4}
-    overrides = {1: {"num_attention_heads": 6, "num_key_value_heads": 3}}
-    one, same = (LlamaConfig(**sizes, per_layer_config=overrides) for _ in range(2))
-    with pytest.raises(RuntimeError, match="'num_attention_heads' is a per-layer attribute"):
+    one, same = (LlamaConfig(**sizes, per_layer_config={1: {"num_key_value_heads": 2}}) for _ in range(2))
+    with pytest.raises(RuntimeError, match="'num_key_value_heads' is a per-layer attribute"):
         one == same  # noqa: B015
     with pytest.raises(RuntimeError, match="'num_key_value_heads' is a per-layer attribute"):
         find_num_key_value_heads(one)  # so that generate_batch raises

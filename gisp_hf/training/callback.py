@@ -223,9 +223,8 @@ class PruningCallback(TrainerCallback):
                 f"training ended after {done} of {self.config.num_steps} pruning steps: the data ran out, or another "
                 f"callback stopped it. Saved so far: {saved}{push}"
             )
-        slice_zeros(
-            model, self.engine, wrapped=self.shrink is False or is_distributed(args) or is_sharded(model.parameters())
-        )
+        wrapped = self.shrink is False or is_distributed(args) or is_sharded(model.parameters())
+        slice_zeros(model, self.engine, wrapped=wrapped, main_process=state.is_world_process_zero)
         for stage in self.stages:
             stage.finish(self.trajectory, self.levels)
 

@@ -30,7 +30,7 @@ def describe(model: PreTrainedModel, engine: Engine) -> None:
         as_pruned_model(model, engine.layout, sizes)
 
 
-def slice_zeros(model: PreTrainedModel, engine: Engine, *, wrapped: bool) -> None:
+def slice_zeros(model: PreTrainedModel, engine: Engine, *, wrapped: bool, main_process: bool) -> None:
     """Slices out what a finished run has set to zero, so that ``trainer.save_model()`` writes the pruned model.
 
     Args:
@@ -39,11 +39,11 @@ def slice_zeros(model: PreTrainedModel, engine: Engine, *, wrapped: bool) -> Non
     """
     if engine.shrink or not engine.length:
         return
-    if wrapped:
+    if not wrapped:
+        engine.slice_zeros()
+        describe(model, engine)
+    elif main_process:
         logger.warning(
             "the model that the Trainer holds has its full size, with zeros for what was removed, and "
             "trainer.save_model() would write it so; the saved levels are sliced"
         )
-        return
-    engine.slice_zeros()
-    describe(model, engine)
