@@ -19,6 +19,7 @@ ORDER = [
     "training",
     "levels",
     "evaluation",
+    "export",
     "hub",
     "report",
     "pruner",

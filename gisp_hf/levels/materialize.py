@@ -20,15 +20,13 @@ from transformers.utils import logging
 
 from gisp_hf.levels.files import (
     GENERATION_FILE,
-    INDEX_FILE,
     TOKENIZER_FILES,
-    WEIGHTS_FILE,
     Files,
     empty_model,
     load_tokenizer,
     pin,
     read_model_config,
-    read_weight_map,
+    stored_tensors,
 )
 from gisp_hf.levels.save import save_level
 from gisp_hf.models import discover
@@ -267,7 +265,7 @@ def _read_weights(
 
 def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
     """File -> (name in the file, name in the model) of every parameter."""
-    stored_in = _stored_tensors(base)
+    stored_in = stored_tensors(base)
     # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
     tied: dict[str, str] = {source: target for target, source in dense.all_tied_weights_keys.items()}
     by_file: dict[str, list[tuple[str, str]]] = {}
@@ -280,19 +278,6 @@ def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) ->
             )
         by_file.setdefault(stored_in[stored], []).append((stored, name))
     return by_file
-
-
-def _stored_tensors(base: Files) -> dict[str, str]:
-    """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
-    if base.fetch(WEIGHTS_FILE) is not None:
-        with base.opened(WEIGHTS_FILE) as file:
-            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
-    if (index_file := base.fetch(INDEX_FILE)) is None:
-        raise FileNotFoundError(
-            f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
-            "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
-        )
-    return read_weight_map(index_file, label=base.label)
 
 
 @torch.no_grad()
