@@ -100,9 +100,9 @@ def _wrapped(tokenizer: Tokenizer, **more: str) -> PreTrainedTokenizerFast:
 
 
 WORDS = """
-def return the and Zürich naïve façade Привет мир 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते สวัสดี 🚀 👩‍💻 don't I'M we'LL
-x+=1; f(a,b) {'key': [1, 2]} https://example.org/a?b=c 3.14159 1234567 2024-05-17 <tag/> __init__ CamelCase snake_case
-ÄÖÜ ß ﬁ ½ ² Ⅷ ∑ → “quoted” … — ' " `` $100 #hash @me 50% a_b-c
+def return the and Zürich naïve façade Привет мир 你好世界 こんにちは 안녕하세요 مرحبا שלום नमस्ते สวัสดี 🚀 👩\u200d💻
+don't I'M we'LL x+=1; f(a,b) {'key': [1, 2]} https://example.org/a?b=c 3.14159 1234567 2024-05-17 <tag/> __init__
+CamelCase snake_case ÄÖÜ ß ﬁ ½ ² Ⅷ ∑ → “quoted” … — ' " `` $100 #hash @me 50% a_b-c
 """
 
 

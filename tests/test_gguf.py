@@ -13,10 +13,12 @@ from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+import tests.cut
 from gisp_hf.cli.main import main
 from gisp_hf.export import export_gguf
 from gisp_hf.export.architectures import choose_architecture
 from gisp_hf.export.tensors import grow, interleave, quantisation_notes, rope_factors
+from gisp_hf.export.tokenizer import PRE_TOKENIZERS
 from gisp_hf.levels.files import read_model_config
 from tests.cut import bpe_tokenizer, mixed_lines, save_cut, sentencepiece_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -233,6 +235,10 @@ def test_byte_level_tokenizers(pre: str, tmp_path: Path) -> None:
     assert keys["tokenizer.chat_template"] == tokenizer.chat_template
     left, right = keys["tokenizer.ggml.merges"][0].split(" ")
     assert left + right in tokens
+
+
+def test_every_pre_tokenizer_has_its_test() -> None:
+    assert set(PRE_TOKENIZERS.values()) == set(tests.cut.PRE_TOKENIZERS)
 
 
 @pytest.mark.parametrize("prefix", [True, False])

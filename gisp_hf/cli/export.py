@@ -2,7 +2,7 @@
 
 import argparse
 
-from gisp_hf.cli.common import note, say
+from gisp_hf.cli.common import missing_package, note, say
 from gisp_hf.export.gguf import FILE_TYPES, export_gguf
 
 DESCRIPTION = (
@@ -29,12 +29,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    try:
+    with missing_package():
         report = export_gguf(
             options.source, options.gguf, file_type=options.type, pad=options.pad, revision=options.revision
         )
-    except ImportError as error:
-        raise ValueError(str(error)) from error  # one line for the user
     for text in report.notes:
         note(f"note: {text}")
     say(f"{report.path}: {report.size / 1e6:,.1f} MB, llama.cpp's {report.architecture}, {options.type}")
