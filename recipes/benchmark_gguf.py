@@ -1,11 +1,12 @@
-"""Size and speed in llama.cpp of the levels of the quickstart, beside the unpruned model, on the CPU.
+"""Size and speed in llama.cpp of SmolLM2-135M-Instruct and its levels of 20 and 40 %, on the CPU.
 
-    pip install -e '.[llama]'             # compiles llama.cpp: 10 to 20 minutes
-    python -m recipes.benchmark_gguf --folder runs/quickstart
+    pip install -e '.[demo,llama]'        # compiles llama.cpp: 10 to 20 minutes
+    python -m recipes.benchmark_gguf      # another run's levels: --folder runs/quickstart
 
-Writes a GGUF file of the unpruned model and of each level into FOLDER/gguf, quantises them (``--type f16`` leaves that
-out), and measures tokens per second of prompt and of new text. The models take turns, and each keeps its best repeat.
-Hardware: two CPU cores and 4 GB of memory. Time: about 2 minutes. Writes gguf.json and gguf.md into the folder.
+Prunes by magnitude in one step, since quality is not the subject, with channels in multiples of 32, so that quantised
+types fit. Writes GGUF files into FOLDER/gguf, quantises them (``--type f16`` leaves that out), and measures tokens per
+second of a prompt and of new text. The models take turns, and each keeps its best repeat. Hardware: two CPU cores and
+4 GB of memory. Writes gguf.json and gguf.md into the folder.
 """
 
 import argparse
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Trainer, TrainingArguments
 
+from gisp_hf import GISPConfig, prune
 from gisp_hf.export import export_gguf
 from gisp_hf.levels.info import read_levels
 from gisp_hf.report import format_table
 from recipes.demo_data import load_smollm2
-from recipes.quickstart import FOLDER
+
+FOLDER = Path("runs/gguf")
+CONFIG = GISPConfig(method="magnitude", sparsity_levels=(0.2, 0.4), channel_multiple=32)
 
 QUANTISED = {
     "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
@@ -49,6 +54,16 @@ def _engine() -> Any:
     except ImportError as error:
         raise ImportError("this benchmark needs llama-cpp-python: pip install 'gisp_hf[llama]'") from error
     return llama_cpp
+
+
+def make_levels(folder: Path) -> None:
+    """Prunes SmolLM2 by the size of its weights; the one block of text is not looked at."""
+    model, tokenizer = load_smollm2(torch.float32)
+    block = torch.arange(16)
+    with tempfile.TemporaryDirectory() as temporary:
+        arguments = TrainingArguments(temporary, max_steps=1, use_cpu=True, report_to="none", save_strategy="no")
+        data: Any = [{"input_ids": block, "labels": block}]
+        prune(Trainer(model, arguments, train_dataset=data, processing_class=tokenizer), CONFIG, folder)
 
 
 def write_files(folder: Path, *, file_type: str) -> dict[str, Path]:
@@ -110,7 +125,9 @@ def measure(
 
 
 def run(folder: Path, *, file_type: str, threads: int, prompt: int, new: int, repeats: int) -> list[dict[str, Any]]:
-    """Writes the files, measures them, and prints a table with the ratios to the unpruned model of the same run."""
+    """Makes what is missing, measures the files, and prints a table; ratios are to the unpruned model of this run."""
+    if not folder.exists():
+        make_levels(folder)
     files = write_files(folder, file_type=file_type)
     speeds = measure(files, threads=threads, prompt=prompt, new=new, repeats=repeats)
     dense, dense_size = speeds["dense"], files["dense"].stat().st_size
@@ -132,16 +149,20 @@ def run(folder: Path, *, file_type: str, threads: int, prompt: int, new: int, re
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Size and speed of the quickstart's levels in llama.cpp.")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"a run of the quickstart (default: {FOLDER})")
+    parser = argparse.ArgumentParser(description="Size and speed of levels in llama.cpp.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=FOLDER,
+        help=f"a run with levels of SmolLM2; made if it is not there (default: {FOLDER})",
+    )
     parser.add_argument("--type", choices=("f16", *QUANTISED), default="q8_0", help="of the files (default: q8_0)")
     parser.add_argument("--threads", type=int, default=2, help="threads of llama.cpp")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens after it")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each model; the best counts")
     options = parser.parse_args(argv)
-    if not options.folder.is_dir():
-        parser.error(f"{options.folder} is not there: `make quickstart` makes it, or give --folder")
+    _engine()  # before anything is computed
     if options.prompt + options.new > CONTEXT:
         parser.error(f"--prompt and --new must be at most {CONTEXT} together")
     run(

@@ -389,13 +389,13 @@ def test_check_card_refuses(
 
 def test_the_commands_for_llama_cpp(trajectory: Trajectory, levels: list[LevelInfo]) -> None:
     card = level_card(trajectory, levels[0], repo_id=REPO, license="mit")
-    name = "Tiny-sparsity-0.20-F16.gguf"
+    name = f"{REPO.rpartition('/')[2]}-sparsity-0.20-F16.gguf"
     assert f"gisp-hf export {REPO} --revision sparsity-0.20 --gguf {name}\nllama-cli -m {name}" in card
     assert f'echo "FROM {name}" > Modelfile' in card and "hf download" not in card
     card = level_card(trajectory, levels[0], repo_id=REPO, license="mit", gguf="mine.gguf")
     assert f"hf download {REPO} mine.gguf --revision sparsity-0.20 --local-dir .\nllama-cli -m mine.gguf" in card
     assert "gisp-hf export" not in card
-    assert "--revision sparsity-0.50 --gguf Tiny-sparsity-0.50-F16.gguf" in main_card(
+    assert f"--revision sparsity-0.50 --gguf {name.replace('0.20', '0.50')}" in main_card(
         trajectory, levels, repo_id=REPO, license="mit"
     )
 

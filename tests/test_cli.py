@@ -290,7 +290,6 @@ def test_push_of_a_run_whose_base_has_no_card(
 def test_push_with_gguf_files(run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each level's branch gets the file that its folder has, and a card that names it; main gets none."""
     mine = shutil.copytree(run, tmp_path / "run")
-    base = Trajectory.load(mine).base.id
     for level in ("sparsity-0.20", "sparsity-0.50"):
         for path in (mine / level).glob("tokenizer*"):
             path.unlink()  # the word-level tokenizer of the tests has no equal in llama.cpp
@@ -298,7 +297,7 @@ def test_push_with_gguf_files(run: Path, hub: HubServer, tmp_path: Path, capsys:
     assert main(["push", str(mine), "--repo", "me/cli-gguf", "--license", "mit", "--gguf", "f32"]) == 0
     assert "sparsity-0.20: the level has no tokenizer" in capsys.readouterr().err
     for level in ("sparsity-0.20", "sparsity-0.50"):
-        name = gguf_name(base, level, "f32")
+        name = gguf_name("me/cli-gguf", level, "f32")
         files = hub.files("me/cli-gguf", level)
         assert files[name] == (mine / level / name).read_bytes() and files[name].startswith(b"GGUF")
         assert f"hf download me/cli-gguf {name} --revision {level}" in files["README.md"].decode()

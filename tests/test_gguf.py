@@ -346,6 +346,19 @@ def test_tensors_that_have_no_place(tmp_path: Path) -> None:
         export_gguf(folder, tmp_path / "level.gguf")
 
 
+def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
+    folder = save_cut(tmp_path / "level", "llama")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.2.mlp.down_proj.weight"
+    save_file({**weights, name: weights[name][:, :-1].contiguous()}, folder / "model.safetensors")
+    entries = weights[name].shape[1]
+    with pytest.raises(ValueError, match=f"{name}: {entries - 1} entries along dimension 1, .* config says {entries}"):
+        export_gguf(folder, tmp_path / "level.gguf")
+    save_file({**weights, name: weights[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="is of type I8: export the unquantised level"):
+        export_gguf(folder, tmp_path / "level.gguf")
+
+
 def test_nothing_half_written_stays(tmp_path: Path) -> None:
     folder = save_cut(tmp_path / "level", "llama")
     weights = load_file(folder / "model.safetensors")

@@ -4,6 +4,7 @@ llama.cpp comes as llama-cpp-python, which pip compiles (``pip install 'gisp_hf[
 """
 
 import importlib.util
+import json
 from pathlib import Path
 
 import gguf
@@ -13,11 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gisp_hf.export import export_gguf
+from gisp_hf.levels.materialize import materialize
 from gisp_hf.models import discover
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
+from recipes import benchmark_gguf
 from recipes.demo_data import load_code, load_news, load_smollm2
 from tests.cut import PRE_TOKENIZERS, bpe_tokenizer, mixed_lines, save_cut, sentencepiece_tokenizer
 from tests.test_gguf import LLAMA3_ROPE
+from tests.test_materialize import random_trajectory, save_base
+from tests.tiny import tiny_model
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: pip install 'gisp_hf[llama]'")
 pytestmark = pytest.mark.slow
@@ -248,3 +253,28 @@ def test_the_chat_template_goes_along(smollm2: Path, tmp_path: Path) -> None:
     formatter = Jinja2ChatFormatter(template, eos_token=tokenizer.eos_token, bos_token=tokenizer.bos_token)
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert formatter(messages=messages).prompt == expected
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark(
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    run = tmp_path / "run"
+    random_trajectory(model, save_base(model, tmp_path / "base")).save(run)
+    tokenizer.save_pretrained(tmp_path / "base")
+    materialize(run, run / "sparsity-0.40", sparsity=0.4)
+    monkeypatch.setattr(benchmark_gguf, "load_smollm2", lambda dtype: (model, tokenizer))
+    options = ["--folder", str(run), "--threads", "1", "--prompt", "16", "--new", "4", "--repeats", "1"]
+    benchmark_gguf.main(options)
+    rows = json.loads((run / "gguf.json").read_text())["rows"]
+    assert [row["level"] for row in rows] == ["dense", "sparsity-0.40"]
+    assert rows[0]["size_ratio"] == rows[0]["prefill_ratio"] == rows[0]["decode_ratio"] == 1
+    assert rows[1]["size_ratio"] < 1 and rows[1]["prefill"] > 0 and rows[1]["decode"] > 0
+    assert (run / "gguf" / "sparsity-0.40-Q8_0.gguf").stat().st_size == round(rows[1]["megabytes"] * 1e6)
+    assert "| sparsity-0.40 |" in capsys.readouterr().out

@@ -17,7 +17,6 @@ from gisp_hf.export.gguf import FILE_TYPES
 from gisp_hf.export.run import export_levels
 from gisp_hf.hub import push_levels, read_levels
 from gisp_hf.hub.run_cards import card_writer
-from gisp_hf.pruning.trajectory import Trajectory
 
 DESCRIPTION = (
     "Push every level of a run as a branch of one repository, with a card each, and what they have in common as "
@@ -59,9 +58,8 @@ def run(options: argparse.Namespace) -> None:
     levels = read_levels(folder)
     if options.gguf:
         names = [level.name for level in levels]
-        base = Trajectory.load(folder / names[-1]).base.id
         with missing_package():
-            export_levels(folder, names, base=base, file_type=options.gguf, tell=note)
+            export_levels(folder, names, repo_id=options.repo, file_type=options.gguf, tell=note)
     card = card_writer(
         folder,
         levels,

@@ -152,7 +152,11 @@ def _opened_weights(files: Files) -> Iterator[tuple[Shapes, Callable[[str], torc
     with ExitStack() as stack:
         where = stored_tensors(files)
         opened = {name: stack.enter_context(files.opened(name)) for name in sorted(set(where.values()))}
-        shapes = {name: tuple(opened[file].get_slice(name).get_shape()) for name, file in where.items()}
+        slices = {name: opened[file].get_slice(name) for name, file in where.items()}
+        for name, part in slices.items():
+            if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise ValueError(f"{name} of {files.label} is of type {part.get_dtype()}: export the unquantised level")
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
         yield shapes, lambda name: opened[where[name]].get_tensor(name)
 
 

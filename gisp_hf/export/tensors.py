@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from gisp_hf.export.architectures import Architecture, Sizes, dense_sizes, head_dim, layer_sizes, rope_of
 
 Shapes = dict[str, tuple[int, ...]]
+BY_COLUMNS = ("self_attn.o_proj", "mlp.down_proj")  # structures are columns of these weights, and rows of the others
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,16 @@ class Entry:
     transform: Callable[..., torch.Tensor]
 
     def shape(self, stored: Shapes) -> tuple[int, ...]:
-        """Its shape, given those of the checkpoint; nothing is read."""
+        """Its shape, given those of the checkpoint; nothing is read.
+
+        Raises:
+            ValueError: if a stored tensor does not have the size that the config gives.
+        """
         empty = [torch.empty(stored[source], device="meta") for source in self.sources]
-        return tuple(self.transform(*empty).shape)
+        try:
+            return tuple(self.transform(*empty).shape)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(self.sources)}: {error}; save the level again") from error
 
 
 def plan_tensors(config: PreTrainedConfig, architecture: Architecture, stored: Shapes, *, pad: bool) -> list[Entry]:
@@ -40,7 +48,7 @@ def plan_tensors(config: PreTrainedConfig, architecture: Architecture, stored: S
     sizes = layer_sizes(config)
     targets = [dense_sizes(config)] * len(sizes) if pad else sizes
     for number, (have, want) in enumerate(zip(sizes, targets)):
-        entries += _layer(f"model.layers.{number}.", f"blk.{number}.", config, architecture, stored, have, want)
+        entries += _layer(number, config, architecture, stored=stored, have=have, want=want)
     shift = _shift(architecture.norm_shift)
     entries.append(Entry("output_norm.weight", ("model.norm.weight",), shift))
     if not config.tie_word_embeddings:
@@ -59,33 +67,29 @@ def plan_tensors(config: PreTrainedConfig, architecture: Architecture, stored: S
 
 
 def _layer(
-    source: str,
-    target: str,
-    config: PreTrainedConfig,
-    architecture: Architecture,
-    stored: Shapes,
-    have: Sizes,
-    want: Sizes,
+    number: int, config: PreTrainedConfig, architecture: Architecture, *, stored: Shapes, have: Sizes, want: Sizes
 ) -> Iterator[Entry]:
-    made = {module: _transform(module, config, architecture, have, want) for module in architecture.modules}
-    for part in ("weight", "bias"):
-        names = {module: f"{source}{module}.{part}" for module in architecture.modules}
-        if part == "bias":
-            names = {module: name for module, name in names.items() if name in stored and architecture.biases}
-        if architecture.fused and part == "weight":
-            parts = [f"self_attn.{letter}_proj" for letter in "qkv"]
-            joined = _joined([made[module] for module in parts])
-            yield Entry(f"{target}attn_qkv.weight", tuple(names.pop(module) for module in parts), joined)
-        for module, name in names.items():
-            along_columns = module in ("self_attn.o_proj", "mlp.down_proj")
-            transform = _same if part == "bias" and along_columns else made[module]
-            yield Entry(f"{target}{architecture.modules[module]}.{part}", (name,), transform)
+    source, target = f"model.layers.{number}.", f"blk.{number}."
+    modules = architecture.modules
+    made = {module: _transform(module, config, architecture, have=have, want=want) for module in modules}
+    weights = {module: f"{source}{module}.weight" for module in modules}
+    biases = {module: f"{source}{module}.bias" for module in modules if architecture.biases}
+    if architecture.fused:
+        parts = [f"self_attn.{letter}_proj" for letter in "qkv"]
+        joined = _joined([made[module] for module in parts])
+        yield Entry(f"{target}attn_qkv.weight", tuple(weights.pop(module) for module in parts), joined)
+    for module, name in weights.items():
+        yield Entry(f"{target}{modules[module]}.weight", (name,), made[module])
+    for module, name in biases.items():
+        if name in stored:
+            transform = _same if module in BY_COLUMNS else made[module]  # a bias belongs to rows
+            yield Entry(f"{target}{modules[module]}.bias", (name,), transform)
 
 
 def _transform(
-    module: str, config: PreTrainedConfig, architecture: Architecture, have: Sizes, want: Sizes
+    module: str, config: PreTrainedConfig, architecture: Architecture, *, have: Sizes, want: Sizes
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What becomes of a weight, and of a bias that belongs to its rows."""
+    """The change to a weight, and to a bias that belongs to its rows."""
     rows = head_dim(config)
     if module in ("self_attn.q_proj", "self_attn.o_proj"):
         old, new = ((size.groups, size.heads // size.groups * rows) for size in (have, want))
@@ -95,7 +99,7 @@ def _transform(
         old, new = (have.channels, 1), (want.channels, 1)
     else:
         return _shift(architecture.norm_shift)
-    dim = 1 if module in ("self_attn.o_proj", "mlp.down_proj") else 0
+    dim = 1 if module in BY_COLUMNS else 0
     heads = {"self_attn.q_proj": want.heads, "self_attn.k_proj": want.groups}.get(module, 0)
 
     def transform(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,7 +140,12 @@ def grow(tensor: torch.Tensor, dim: int, old: tuple[int, int], new: tuple[int, i
     Args:
         dim: the dimension that has ``blocks * rows`` entries.
         old, new: (blocks, rows of a block) before and after. Zeros follow the rows of each block and the last block.
+
+    Raises:
+        ValueError: if the dimension does not have ``old`` entries.
     """
+    if tensor.shape[dim] != old[0] * old[1]:
+        raise ValueError(f"{tensor.shape[dim]} entries along dimension {dim}, and its config says {old[0] * old[1]}")
     if old == new:
         return tensor
     moved = tensor.movedim(dim, 0)
