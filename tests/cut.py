@@ -65,11 +65,19 @@ def bpe_tokenizer(pre: str, lines: list[str], *, size: int = 600) -> PreTrainedT
     return _wrapped(tokenizer)
 
 
-def sentencepiece_tokenizer(lines: list[str], *, prefix: bool = True, size: int = 600) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer as that of Llama 2: spaces replaced, unknown letters as bytes; merges in the order of ids."""
+def sentencepiece_tokenizer(lines: list[str], *, prefix: str = "prepend", size: int = 600) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as that of Llama 2: spaces replaced, unknown letters as bytes; merges in the order of ids.
+
+    Args:
+        prefix: ``prepend`` a space always (Llama 2), ``metaspace`` (Transformers 5) only if there is none, or ``none``.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     replace = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace]) if prefix else replace
+    if prefix == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        prepend = [normalizers.Prepend("\u2581")] if prefix == "prepend" else []
+        tokenizer.normalizer = normalizers.Sequence([*prepend, replace])
     special = ["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
         vocab_size=size,

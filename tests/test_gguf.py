@@ -241,13 +241,17 @@ def test_every_pre_tokenizer_has_its_test() -> None:
     assert set(PRE_TOKENIZERS.values()) == set(tests.cut.PRE_TOKENIZERS)
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_sentencepiece_tokenizers(prefix: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["prepend", "metaspace", "none"])
+def test_sentencepiece_tokenizers(prefix: str, tmp_path: Path) -> None:
     tokenizer = sentencepiece_tokenizer(mixed_lines(50), prefix=prefix)
     folder = save_cut(tmp_path / "level", "llama", tokenizer=tokenizer)
-    keys, _ = export(folder, tmp_path / "level.gguf")
+    report = export_gguf(folder, tmp_path / "level.gguf")
+    assert ("begins with a space gets one more" in " ".join(report.notes)) is (prefix == "metaspace")
+    keys, _ = read(report.path)
     assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.pre"] == "default"
-    assert keys["tokenizer.ggml.add_space_prefix"] is prefix and keys["tokenizer.ggml.add_bos_token"] is True
+    assert (
+        keys["tokenizer.ggml.add_space_prefix"] is (prefix != "none") and keys["tokenizer.ggml.add_bos_token"] is True
+    )
     types = keys["tokenizer.ggml.token_type"]
     assert types[0] == gguf.TokenType.UNKNOWN and types[3:259] == [gguf.TokenType.BYTE] * 256
     scores = keys["tokenizer.ggml.scores"]

@@ -21,10 +21,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--pad",
         action="store_true",
         help="write zeros for removed structures, for models that llama.cpp holds only with one size for all layers; "
-        "such a file opens everywhere, and is neither smaller nor faster",
+        "such a file opens everywhere, and is neither smaller nor faster (default: the size of each layer as it is)",
     )
     parser.add_argument(
-        "--revision", metavar="NAME", help="branch of the level, such as sparsity-0.20 (of no effect on a folder)"
+        "--revision",
+        metavar="NAME",
+        help="branch of the level, such as sparsity-0.20 (default: main; of no effect on a folder)",
     )
 
 

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from gguf import GGUFWriter  # an extra
 
+# of the steps of `tokenizers`, Prepend always puts a space before a text, as llama.cpp does; Metaspace does not
+METASPACE_NOTE = "a text that begins with a space gets one more in llama.cpp, so its first token may differ"
 _SPACE = "\u2581"  # the space of sentencepiece
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,8 +76,8 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     tokens, types = _tokens(facts, size, sentencepiece=model["byte_fallback"])
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model["byte_fallback"]:
-        prefix = _space_prefix(facts)
-        return Vocabulary("llama", "default", tokens, types, None, _scores(tokens, merges), prefix, ())
+        prefix, notes = _space_prefix(facts)
+        return Vocabulary("llama", "default", tokens, types, None, _scores(tokens, merges), prefix, notes)
     pre, notes = _pre_tokenizer(facts)
     return Vocabulary("gpt2", pre, tokens, types, [" ".join(pair) for pair in merges], None, None, notes)
 
@@ -172,14 +174,13 @@ def _pre_tokenizer(facts: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     return PRE_TOKENIZERS[key], (note,) if normalizers else ()
 
 
-def _space_prefix(facts: dict[str, Any]) -> bool:
-    """Whether a sentencepiece tokenizer puts a space before the text.
+def _space_prefix(facts: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a sentencepiece tokenizer puts a space before the text, and notes on differences.
 
     Raises:
         ValueError: if it does more than to replace spaces.
     """
-    prefix = False
-    replaces = False
+    prefix, replaces, notes = False, False, ()
     for step in [*_flat(facts["normalizer"], "normalizers"), *_flat(facts["pre_tokenizer"], "pretokenizers")]:
         match step:
             case {"type": "Prepend", "prepend": "\u2581"}:
@@ -188,10 +189,11 @@ def _space_prefix(facts: dict[str, Any]) -> bool:
                 replaces = True
             case {"type": "Metaspace", "replacement": "\u2581", "split": False, "prepend_scheme": scheme}:
                 replaces, prefix = True, scheme != "never"
+                notes = (METASPACE_NOTE,) if prefix else ()
             case {"type": "Split", "pattern": {"String": " "}}:
                 pass  # spaces are replaced before: there are none
             case _:
                 raise ValueError(f"the tokenizer has a step that llama.cpp lacks: {json.dumps(step)[:200]}")
     if not replaces:
         raise ValueError("the tokenizer has byte fallback and does not replace spaces: llama.cpp has none of that kind")
-    return prefix
+    return prefix, notes
