@@ -73,7 +73,9 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     model = facts["model"]
     if model["type"] != "BPE":
         raise ValueError(f"a tokenizer of type {model['type']} cannot be exported; BPE can")
-    tokens, types = _tokens(facts, size, sentencepiece=model["byte_fallback"])
+    tokens, types = _tokens(
+        facts, size, sentencepiece=model["byte_fallback"], unknown=model["unk_token"] or tokenizer.unk_token
+    )
     merges = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"]]
     if model["byte_fallback"]:
         prefix, notes = _space_prefix(facts)
@@ -109,7 +111,9 @@ def write_tokenizer(writer: "GGUFWriter", tokenizer: PreTrainedTokenizerBase, vo
         writer.add_chat_template(template)
 
 
-def _tokens(facts: dict[str, Any], size: int, *, sentencepiece: bool) -> tuple[list[str], list[int]]:
+def _tokens(
+    facts: dict[str, Any], size: int, *, sentencepiece: bool, unknown: str | None
+) -> tuple[list[str], list[int]]:
     vocabulary: dict[str, int] = facts["model"]["vocab"]
     added = {token["id"]: token for token in facts["added_tokens"]}
     most = max([*vocabulary.values(), *added])
@@ -120,7 +124,7 @@ def _tokens(facts: dict[str, Any], size: int, *, sentencepiece: bool) -> tuple[l
     for text, number in vocabulary.items():
         tokens[number] = text
         is_byte = sentencepiece and len(text) == 6 and text.startswith("<0x")
-        is_unknown = sentencepiece and text == facts["model"]["unk_token"]
+        is_unknown = sentencepiece and text == unknown
         kind = TokenType.BYTE if is_byte else TokenType.UNKNOWN if is_unknown else TokenType.NORMAL
         types[number] = int(kind)
     for number, token in added.items():
