@@ -246,7 +246,7 @@ def test_sentencepiece_tokenizers(prefix: str, tmp_path: Path) -> None:
     tokenizer = sentencepiece_tokenizer(mixed_lines(50), prefix=prefix)
     folder = save_cut(tmp_path / "level", "llama", tokenizer=tokenizer)
     report = export_gguf(folder, tmp_path / "level.gguf")
-    assert ("begins with a space gets one more" in " ".join(report.notes)) is (prefix == "metaspace")
+    assert ("puts a space before every piece of text" in " ".join(report.notes)) is (prefix == "metaspace")
     keys, _ = read(report.path)
     assert keys["tokenizer.ggml.model"] == "llama" and keys["tokenizer.ggml.pre"] == "default"
     assert (

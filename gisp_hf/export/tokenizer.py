@@ -14,8 +14,11 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from gguf import GGUFWriter  # an extra
 
-# of the steps of `tokenizers`, Prepend always puts a space before a text, as llama.cpp does; Metaspace does not
-METASPACE_NOTE = "a text that begins with a space gets one more in llama.cpp, so its first token may differ"
+# Of the steps of `tokenizers`, Prepend puts a space before every piece of text, as llama.cpp does; Metaspace does not.
+METASPACE_NOTE = (
+    "llama.cpp puts a space before every piece of text; this tokenizer does not where the text begins with a space or "
+    "follows a special token, so the first token may differ there"
+)
 _SPACE = "\u2581"  # the space of sentencepiece
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
