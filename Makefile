@@ -7,7 +7,7 @@ BIN     = $(VENV)/bin
 WORKERS ?= 2
 PYTEST  = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: quickstart bench benchmark compare ablations test test-fast lint format clean
+.PHONY: quickstart bench benchmark compare ablations test test-fast test-llama lint format clean
 
 quickstart: $(VENV)/.demo          # prune a small model; options: make quickstart ARGS=--one-shot
 	$(BIN)/python -m recipes.quickstart $(ARGS)
@@ -29,6 +29,10 @@ test: lint
 
 test-fast: $(VENV)/.dev            # without launches, kills, subprocesses and recipes
 	$(PYTEST) -m "not slow" $(ARGS)
+
+test-llama: $(VENV)/.dev           # GGUF files in llama.cpp, which pip compiles: 10 to 20 minutes, once
+	$(BIN)/pip install --quiet --editable ".[llama]"
+	$(PYTEST) tests/test_llama_cpp.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -382,3 +382,29 @@ def test_check_card_refuses(
     assert broken != text
     with pytest.raises(ValueError, match=message):
         check_card(broken)
+
+
+# ---- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_for_llama_cpp(trajectory: Trajectory, levels: list[LevelInfo]) -> None:
+    card = level_card(trajectory, levels[0], repo_id=REPO, license="mit")
+    name = f"{REPO.rpartition('/')[2]}-sparsity-0.20-F16.gguf"
+    assert f"gisp-hf export {REPO} --revision sparsity-0.20 --gguf {name}\nllama-cli -m {name}" in card
+    assert f'echo "FROM {name}" > Modelfile' in card and "hf download" not in card
+    card = level_card(trajectory, levels[0], repo_id=REPO, license="mit", gguf="mine.gguf")
+    assert f"hf download {REPO} mine.gguf --revision sparsity-0.20 --local-dir .\nllama-cli -m mine.gguf" in card
+    assert "gisp-hf export" not in card
+    assert f"--revision sparsity-0.50 --gguf {name.replace('0.20', '0.50')}" in main_card(
+        trajectory, levels, repo_id=REPO, license="mit"
+    )
+
+
+@pytest.mark.parametrize(("family", "padded"), [("gemma2", True), ("unknown", None)])
+def test_families_that_llama_cpp_holds_at_full_size_or_not_at_all(
+    family: str, padded: bool | None, trajectory: Trajectory, levels: list[LevelInfo]
+) -> None:
+    other = replace(trajectory, layout=replace(trajectory.layout, architecture=family))
+    card = level_card(other, levels[0], repo_id=REPO, license="mit")
+    assert ("F16.gguf --pad\n" in card) is bool(padded) and ("neither smaller nor faster" in card) is bool(padded)
+    assert ("## llama.cpp" in card) is (padded is not None)

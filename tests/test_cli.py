@@ -21,6 +21,7 @@ from gisp_hf import Trajectory
 from gisp_hf.cli import card, levels, push
 from gisp_hf.cli.common import say
 from gisp_hf.cli.main import COMMANDS, build_parser, main
+from gisp_hf.export.run import gguf_name
 from gisp_hf.hub import LevelInfo, PushReport, read_levels
 from gisp_hf.hub.cards import level_card, main_card
 from gisp_hf.levels.manifest import write_manifest
@@ -90,7 +91,7 @@ class Recorder:
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(COMMANDS) == ["levels", "materialize", "restore", "push", "eval", "card"]
+    assert list(COMMANDS) == ["levels", "materialize", "restore", "push", "eval", "card", "export"]
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -283,6 +284,28 @@ def test_push_of_a_run_whose_base_has_no_card(
     assert "--license gives one" not in capsys.readouterr().err  # no card had to be written
     for branch, heading in (("main", b"# run\n"), ("sparsity-0.20", b"# sparsity-0.20\n")):
         assert hub.files("me/cli-local", branch)["README.md"].endswith(heading)
+
+
+@upload_warning
+def test_push_with_gguf_files(run: Path, hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each level's branch gets the file that its folder has, and a card that names it; main gets none."""
+    mine = shutil.copytree(run, tmp_path / "run")
+    for level in ("sparsity-0.20", "sparsity-0.50"):
+        for path in (mine / level).glob("tokenizer*"):
+            path.unlink()  # the word-level tokenizer of the tests has no equal in llama.cpp
+        write_manifest(mine / level)
+    assert main(["push", str(mine), "--repo", "me/cli-gguf", "--license", "mit", "--gguf", "f32"]) == 0
+    assert "sparsity-0.20: the level has no tokenizer" in capsys.readouterr().err
+    for level in ("sparsity-0.20", "sparsity-0.50"):
+        name = gguf_name("me/cli-gguf", level, "f32")
+        files = hub.files("me/cli-gguf", level)
+        assert files[name] == (mine / level / name).read_bytes() and files[name].startswith(b"GGUF")
+        assert f"hf download me/cli-gguf {name} --revision {level}" in files["README.md"].decode()
+    assert not any(name.endswith(".gguf") for name in hub.files("me/cli-gguf", "main"))
+    assert main(["push", str(mine), "--repo", "me/cli-gguf", "--license", "mit"]) == 0
+    assert "(nothing had changed)" in capsys.readouterr().out
+    assert main(["push", str(mine), "--repo", "me/cli-gguf", "--license", "mit", "--gguf", "f32"]) == 0
+    assert "(nothing had changed)" in capsys.readouterr().out
 
 
 # ---- what it refuses -------------------------------------------------------------------------------------------------

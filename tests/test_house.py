@@ -24,6 +24,7 @@ ORDER = [
     "levels",
     "recovery",
     "evaluation",
+    "export",
     "hub",
     "report",
     "pruner",

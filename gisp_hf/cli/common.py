@@ -1,6 +1,8 @@
 """Shared by the subcommands: finding a run, printing, and common help texts."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -29,6 +31,15 @@ def say(text: str, *, end: str = "\n") -> None:
 def note(text: object) -> None:
     """Prints one line about the work to stderr."""
     print(printable(text), file=sys.stderr)
+
+
+@contextmanager
+def missing_package() -> Iterator[None]:
+    """Turns the ImportError of an extra that is not installed into an error of one line."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 def run_folder(source: str) -> str:

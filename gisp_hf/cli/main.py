@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from gisp_hf.cli import card, evaluate, levels, materialize, push, restore
+from gisp_hf.cli import card, evaluate, export, levels, materialize, push, restore
 from gisp_hf.cli.common import LOGIN, note
 from gisp_hf.hub import PushError
 from gisp_hf.version import __version__
@@ -25,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
     "push": push,
     "eval": evaluate,
     "card": card,
+    "export": export,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 

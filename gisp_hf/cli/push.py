@@ -3,7 +3,18 @@
 import argparse
 from pathlib import Path
 
-from gisp_hf.cli.common import FOLDER_HELP, LICENSE_HELP, LOGIN, NEW_CARDS_HELP, note, run_folder, say
+from gisp_hf.cli.common import (
+    FOLDER_HELP,
+    LICENSE_HELP,
+    LOGIN,
+    NEW_CARDS_HELP,
+    missing_package,
+    note,
+    run_folder,
+    say,
+)
+from gisp_hf.export.gguf import FILE_TYPES
+from gisp_hf.export.run import export_levels
 from gisp_hf.hub import push_levels, read_levels
 from gisp_hf.hub.run_cards import card_writer
 
@@ -30,15 +41,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tag", metavar="NAME", help="tag the result: v1 for main, v1-sparsity-0.20 ... for levels (default: no tag)"
     )
+    parser.add_argument(
+        "--gguf",
+        nargs="?",
+        const="f16",
+        choices=FILE_TYPES,
+        help="also write each level as a GGUF file for llama.cpp into its folder, and push it with its branch; "
+        "f16 unless a type is given (default: only files that are there already)",
+    )
     parser.add_argument("--license", metavar="ID", help=LICENSE_HELP.format(where="on the Hub"))
     parser.add_argument("--new-cards", action="store_true", help=NEW_CARDS_HELP)
 
 
 def run(options: argparse.Namespace) -> None:
     folder = Path(run_folder(options.folder))
+    levels = read_levels(folder)
+    if options.gguf:
+        names = [level.name for level in levels]
+        with missing_package():
+            export_levels(folder, names, repo_id=options.repo, file_type=options.gguf, tell=note)
     card = card_writer(
         folder,
-        read_levels(folder),
+        levels,
         repo_id=options.repo,
         license=options.license,
         fetch=True,

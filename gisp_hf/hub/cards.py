@@ -18,6 +18,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id
 
+from gisp_hf.export.architectures import HOMES
+from gisp_hf.export.run import gguf_name
 from gisp_hf.levels.info import LevelInfo
 from gisp_hf.models.layout import Kind
 from gisp_hf.pruning.trajectory import Trajectory
@@ -95,6 +97,7 @@ def main_card(
         ]
         for layer in range(trajectory.layout.num_layers)
     ]
+    shown = levels[len(levels) // 2]
     between = levels[-1].sparsity / 2 if len(levels) < 2 else (levels[-2].sparsity + levels[-1].sparsity) / 2
     return _render(
         "main.md",
@@ -104,7 +107,10 @@ def main_card(
         facts={
             "levels": list(levels),
             "restored": any(level.restored for level in levels),
-            "shown": levels[len(levels) // 2],
+            "shown": shown,
+            "branch": shown.name,
+            "gguf": None,
+            "gguf_file": gguf_name(repo_id, shown.name),
             "levels_table": _table(table),
             "results": bool(labels),
             "result_notes": _notes(metrics or {}),
@@ -126,10 +132,12 @@ def level_card(
     datasets: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     command: str | None = None,
+    gguf: str | None = None,
 ) -> str:
     """The card of one level's branch. Arguments, result and errors are those of ``main_card``.
 
-    It says nothing about the other levels, so that a level need not be pushed again when another is added.
+    ``gguf`` is the GGUF file in the branch, if there is one. The card says nothing about the other levels, so that a
+    level need not be pushed again when another is added.
     """
     rows = _result_rows([level], metrics or {})
     labels = _labels(rows)
@@ -159,6 +167,9 @@ def level_card(
         facts={
             "level": level,
             "restored": level.restored,
+            "branch": level.name,
+            "gguf": gguf,
+            "gguf_file": gguf or gguf_name(repo_id, level.name),
             "percent": _percent(1 - level.decoder_parameters / trajectory.layout.total),
             "removed": _listed(removed),
             "parameters": _short(level.parameters),
@@ -262,6 +273,7 @@ def _render(
         # Fewer layers alone need no code of ours; layers of a base that was pruned before may differ in size.
         plain=trajectory.config.uniform
         or (trajectory.layout.whole and len({block.cost for block in trajectory.layout.blocks}) == 1),
+        llama_cpp=_in_llama_cpp(trajectory.layout.architecture),
         heads=_heads_per_group(trajectory),
         fingerprint=base.fingerprint,
         method=trajectory.config.method,
@@ -276,6 +288,12 @@ def _render(
     text = str(card).rstrip() + "\n"
     check_card(text)
     return text
+
+
+def _in_llama_cpp(family: str) -> str | None:
+    """How llama.cpp holds pruned models of a family: ``pruned``, ``padded`` (with zeros), or None: not at all."""
+    home = HOMES.get(family)
+    return None if home is None else "padded" if home.pruned is None else "pruned"
 
 
 def _read_template(name: str) -> str:

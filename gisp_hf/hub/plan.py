@@ -20,6 +20,7 @@ from gisp_hf.levels.manifest import CHANGING_FILES, MANIFEST_FILE, check_manifes
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
 CARD_FILE = "README.md"
+GGUF_FILES = "*.gguf"  # of `gisp-hf push --gguf`
 # What from_pretrained reads at the root of a repository, as patterns of fnmatch.
 MODEL_FILES = (
     *("config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json"),
@@ -33,6 +34,7 @@ LEVEL_FILES = (
     *("configuration_*.py", "modeling_*.py", "tokenization_*.py", "tokenizer*.json", "tokenizer.model*", "vocab.*"),
     *("merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*", "*.tiktoken"),
     *("additional_chat_templates/*.jinja", "spiece.model", "sentencepiece.bpe.model"),
+    GGUF_FILES,
     *(ORDER_FILE, FACTS_FILE, MANIFEST_FILE, *CHANGING_FILES),
 )
 
@@ -72,9 +74,9 @@ class Plan:
         """
         card = self.folder / CARD_FILE
         # The manifest is about the level's own trajectory.
-        own = (CARD_FILE, METRICS_FILE, MANIFEST_FILE)
+        own = (CARD_FILE, METRICS_FILE, MANIFEST_FILE, GGUF_FILES)
         return {
-            **{name: content for name, content in self.files[levels[0].name].items() if name not in own},
+            **{name: content for name, content in self.files[levels[0].name].items() if not _is_any(name, own)},
             **self.trajectory,
             **({CARD_FILE: Content(card)} if card.is_file() else {}),
             **_card_files(self.card, MAIN, levels),
@@ -170,7 +172,11 @@ def _card_files(card: Cards | None, branch: str, levels: Sequence[LevelInfo]) ->
 
 
 def _is_of_a_level(name: str) -> bool:
-    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in LEVEL_FILES)
+    return _is_any(name, LEVEL_FILES)
+
+
+def _is_any(name: str, patterns: Sequence[str]) -> bool:
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_of_a_model(path: str) -> bool:

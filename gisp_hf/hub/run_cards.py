@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from gisp_hf.hub.cards import level_card, main_card
-from gisp_hf.hub.plan import CARD_FILE
+from gisp_hf.hub.plan import CARD_FILE, GGUF_FILES
 from gisp_hf.hub.runs import MAIN
 from gisp_hf.levels.files import CONFIG_FILE
 from gisp_hf.levels.info import LevelInfo
@@ -62,7 +62,8 @@ def card_writer(
         known: dict[str, Any] = {"repo_id": repo_id, "license": license, "versions": _versions(folder / saved)}
         if branch == MAIN:
             return main_card(trajectory, pushed, **known)
-        return level_card(trajectory, next(level for level in levels if level.name == branch), **known)
+        level = next(level for level in levels if level.name == branch)
+        return level_card(trajectory, level, gguf=_gguf_file(folder / branch), **known)
 
     return card
 
@@ -73,6 +74,11 @@ def _trajectory(folder: Path, levels: Sequence[LevelInfo]) -> Trajectory:
         return Trajectory.load(folder)
     except FileNotFoundError:
         return Trajectory.load(folder / levels[-1].name)
+
+
+def _gguf_file(level_folder: Path) -> str | None:
+    """The first GGUF file in a level's folder, by name."""
+    return min((path.name for path in level_folder.glob(GGUF_FILES)), default=None)
 
 
 def _versions(level_folder: Path) -> dict[str, str]:

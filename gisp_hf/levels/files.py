@@ -181,6 +181,23 @@ def read_weight_map(path: Path, *, label: str | None = None) -> dict[str, str]:
         return check_weight_map(read_json(path))
 
 
+def stored_tensors(files: Files) -> dict[str, str]:
+    """Tensor -> the file it is in, for a checkpoint in one file or in shards.
+
+    Raises:
+        FileNotFoundError: if there are no safetensors.
+    """
+    if files.fetch(WEIGHTS_FILE) is not None:
+        with files.opened(WEIGHTS_FILE) as file:
+            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
+    if (index_file := files.fetch(INDEX_FILE)) is None:
+        raise FileNotFoundError(
+            f"{files.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
+            "model with transformers and save_pretrained it to a folder, then give that folder"
+        )
+    return read_weight_map(index_file, label=files.label)
+
+
 def load_tokenizer(folder: str | Path, *, label: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder, without remote code.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from gisp_hf.levels.files import INDEX_FILE, WEIGHTS_FILE, Files, read_weight_map
+from gisp_hf.levels.files import Files, stored_tensors
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 
 
@@ -78,19 +78,6 @@ def names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> 
             )
         by_file.setdefault(stored_in[stored], []).append((stored, name))
     return by_file
-
-
-def stored_tensors(base: Files) -> dict[str, str]:
-    """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
-    if base.fetch(WEIGHTS_FILE) is not None:
-        with base.opened(WEIGHTS_FILE) as file:
-            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
-    if (index_file := base.fetch(INDEX_FILE)) is None:
-        raise FileNotFoundError(
-            f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
-            "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
-        )
-    return read_weight_map(index_file, label=base.label)
 
 
 def overwrite_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
