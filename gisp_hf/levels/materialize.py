@@ -4,7 +4,7 @@ The dense model is never in memory: its checkpoint is read one tensor at a time,
 before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,15 @@ from transformers.utils import logging
 
 from gisp_hf.levels.files import (
     GENERATION_FILE,
-    INDEX_FILE,
     TOKENIZER_FILES,
-    WEIGHTS_FILE,
     Files,
     empty_model,
     load_tokenizer,
     pin,
     read_model_config,
-    read_weight_map,
 )
 from gisp_hf.levels.save import save_level
+from gisp_hf.levels.weights import names_by_file
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
@@ -244,7 +242,7 @@ def _read_weights(
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
     with logging.tqdm(total=len(shapes), desc="Cutting weights") as progress:
-        for filename, names in _names_by_file(base, dense, shapes).items():
+        for filename, names in names_by_file(base, dense, shapes).items():
             with base.opened(filename) as file:
                 if not weights:
                     dtype = dtype or file.get_slice(names[0][0])[:1].dtype
@@ -263,36 +261,6 @@ def _read_weights(
             "revision; a fine-tuned one needs a trajectory of its own"
         )
     return weights
-
-
-def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
-    """File -> (name in the file, name in the model) of every parameter."""
-    stored_in = _stored_tensors(base)
-    # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
-    tied: dict[str, str] = {source: target for target, source in dense.all_tied_weights_keys.items()}
-    by_file: dict[str, list[tuple[str, str]]] = {}
-    for name in names:
-        stored = name if name in stored_in else tied.get(name, name)
-        if stored not in stored_in:
-            raise ValueError(
-                f"the checkpoint of {base.label} lacks {name}; if transformers can load it all the same, use "
-                "Trajectory.apply on the loaded model"
-            )
-        by_file.setdefault(stored_in[stored], []).append((stored, name))
-    return by_file
-
-
-def _stored_tensors(base: Files) -> dict[str, str]:
-    """Tensor -> the file it is in, for a checkpoint in one file or in shards."""
-    if base.fetch(WEIGHTS_FILE) is not None:
-        with base.opened(WEIGHTS_FILE) as file:
-            return dict.fromkeys(file.keys(), WEIGHTS_FILE)
-    if (index_file := base.fetch(INDEX_FILE)) is None:
-        raise FileNotFoundError(
-            f"{base.label} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; pickled weights are never read: load the "
-            "model with transformers and save_pretrained it to a folder, then give that folder as base_model"
-        )
-    return read_weight_map(index_file, label=base.label)
 
 
 @torch.no_grad()

@@ -1,0 +1,72 @@
+"""``RestoreConfig``: settings of a restoration, validated."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RestoreConfig:
+    """How to restore a level. Checked once, here.
+
+    Raises:
+        ValueError: if a value is out of range; the message names it and says what would do.
+    """
+
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Calibration text, as `load_calibration` names it: a mixture serves every domain that it holds. "
+            "None: the examples that pruning was calibrated on, where they are at hand."
+        },
+    )
+    tokens: int | None = field(
+        default=65_536,
+        metadata={"help": "Most calibration tokens. Ten times the inputs of the widest projection are enough."},
+    )
+    blend: float | None = field(
+        default=None,
+        metadata={
+            "help": "The target: 0 is what the unpruned projection makes of the pruned model's stream, 1 is what takes "
+            "the stream back to that of the unpruned model. None: by the sparsity."
+        },
+    )
+    ridge: tuple[float, ...] = field(
+        default=(1e-2,),
+        metadata={
+            "help": "Strength of the ridge, as a fraction of the mean squared input. Of several, each projection takes "
+            "the one with the smallest error on a tenth of the sequences, held out for that."
+        },
+    )
+    batch_size: int = field(default=8, metadata={"help": "Sequences in one forward pass."})
+    seed: int = field(default=0, metadata={"help": "Of the drawing of calibration text."})
+    spill: bool = field(
+        default=False,
+        metadata={"help": "Keep hidden states in files of the temporary folder instead of the host's memory."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ridge, (int, float)):
+            object.__setattr__(self, "ridge", (self.ridge,))
+        object.__setattr__(self, "ridge", tuple(float(value) for value in self.ridge))
+        if not self.ridge or not all(0 <= value < float("inf") for value in self.ridge):
+            raise ValueError(f"ridge must be one or more numbers of at least 0, got {self.ridge}; 0.01 is usual")
+        if self.blend is not None and not 0 <= self.blend <= 1:
+            raise ValueError(f"blend must lie in [0, 1], got {self.blend:g}; None chooses it by the sparsity")
+        for name in ("tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+
+    def blend_at(self, sparsity: float) -> float:
+        """The blend for a level of this sparsity (a fraction, 0-1)."""
+        return default_blend(sparsity) if self.blend is None else self.blend
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ridge": list(self.ridge)}
+
+
+def default_blend(sparsity: float) -> float:
+    """The blend of the smallest perplexity in ``recipes/restore_study.py``."""
+    return 0.5
