@@ -152,7 +152,7 @@ def save_elastic(
 
 
 def _sort(trajectory: Trajectory) -> list[torch.Tensor]:
-    """Per block, the structures in the order of the elastic file: those that stay, then the rest, the first one last."""
+    """Per block, the structures in the order of the file: those that stay, then the others, the first to go last."""
     last = torch.iinfo(torch.int32).max
     return [
         torch.where(positions < 0, last, positions).argsort(descending=True, stable=True)

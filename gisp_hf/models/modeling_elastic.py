@@ -137,12 +137,13 @@ class SizeTable:
 class ElasticModelMixin:
     """A model whose width is set at run time. Narrower levels are views of the same weights."""
 
+    config_class: Any = None
     pruned_model: Any = None  # the class of its levels
 
     def __init__(self, config, *args, **kwargs):
         if config.elastic is None:
             raise ValueError("this config has no elastic table; `gisp-hf elastic` writes elastic checkpoints")
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self._make_elastic()
 
     def _make_elastic(self) -> None:
@@ -162,7 +163,7 @@ class ElasticModelMixin:
         self._whole: dict[str, torch.Tensor] = {}  # weights at the widest, while parameters are parts of them
         if table["full_apart"] and self._widest == self._full:
             for projection in self._output_projections():
-                projection.register_buffer(FULL, torch.empty_like(projection.weight, requires_grad=False))
+                projection.register_buffer(FULL, torch.empty_like(projection.weight.data))
         model.register_forward_pre_hook(_check_cache, with_kwargs=True)
         model.register_forward_hook(_mark_cache)
 
@@ -170,7 +171,7 @@ class ElasticModelMixin:
 
     @property
     def sparsity(self) -> float:
-        """The sparsity that was asked for last: a fraction of the unpruned decoder layers' parameters. 0: full width."""
+        """As asked for last: a fraction of the unpruned decoder layers' parameters; 0 is full width."""
         return self._sparsity
 
     def set_sparsity(self, sparsity: float) -> Any:
@@ -274,7 +275,7 @@ class ElasticModelMixin:
                     if (parameter := getattr(module, name)) is not None:
                         yield f"{LAYERS}.{layer}.{path}.{name}", parameter, dim, number
 
-    def _output_projections(self) -> list[nn.Module]:
+    def _output_projections(self) -> list[Any]:
         model: Any = self
         return [model.get_submodule(f"{LAYERS}.{layer}.{PROJECTIONS[kind][-1][0]}") for layer, kind in self._blocks]
 
@@ -408,7 +409,7 @@ def _files(source: Any, hub: dict[str, Any]) -> list[str]:
 def _read_order(files: Sequence[str]) -> torch.Tensor:
     for path in files:
         with safe_open(path, framework="pt") as file:
-            if ORDER in file.keys():
+            if ORDER in file.keys():  # noqa: SIM118
                 return file.get_tensor(ORDER)
     raise ValueError(f"{', '.join(map(str, files))}: there is no tensor {ORDER}; write the elastic checkpoint again")
 
@@ -418,7 +419,7 @@ def _read_prefixes(files: Sequence[str], cuts: dict[str, tuple[int, int, int]]) 
     tensors = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in file.keys():  # noqa: SIM118
                 if name.endswith(f".{FULL}"):
                     continue
                 if name not in cuts:
@@ -457,7 +458,7 @@ def _elastic(pruned_model: Any) -> tuple[Any, Any]:
     family = pruned_model.config_class.model_type.removeprefix("gisp_")
     config_name = pruned_model.config_class.__name__.replace("Gisp", "Elastic")
     auto_map = {"AutoConfig": config_name, "AutoModelForCausalLM": name}
-    config = type(
+    config: Any = type(
         config_name,
         (ElasticConfigMixin, pruned_model.config_class),
         {
