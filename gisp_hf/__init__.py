@@ -12,9 +12,22 @@ from gisp_hf.models import FAMILIES
 from gisp_hf.models.modeling_elastic import ElasticModelMixin
 from gisp_hf.pruner import GISPPruner, prune
 from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.folder import restore_level
+from gisp_hf.recovery.restore import restore
 from gisp_hf.version import __version__
 
-__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__", "load_level", "prune"]
+__all__ = [
+    "GISPConfig",
+    "GISPPruner",
+    "RestoreConfig",
+    "Trajectory",
+    "__version__",
+    "load_level",
+    "prune",
+    "restore",
+    "restore_level",
+]
 
 deprecated.install()
 

@@ -13,6 +13,8 @@ from gisp_hf.hub import PushReport
 from gisp_hf.hub.stage import Publish
 from gisp_hf.levels.stage import Save
 from gisp_hf.pruning.methods import find_method
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.stage import Restore
 from gisp_hf.training.callback import PruningCallback, move_before_trackers
 from gisp_hf.training.resume import newest_checkpoint, set_aside_broken
 from gisp_hf.training.stages import Stage
@@ -44,6 +46,9 @@ class GISPPruner(PruningCallback):
         evaluate: called with the model at each level (in eval mode, without gradients), or names of lm-eval tasks to
             run there; the numbers reach the log, ``level_metrics``, ``levels.json`` and the cards. With several
             processes all of them evaluate.
+        restore: fit the output projections of each level anew as it is saved (`gisp_hf.recovery`). The model of the
+            run keeps its weights, and the removal order does not change; ``evaluate`` and ``stages`` see the restored
+            level. None: levels hold the weights of the base model.
         stages: more to do with each level, after evaluation and before publishing (`gisp_hf.training.stages`).
         hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
             created if it does not exist. Only the main process pushes.
@@ -78,6 +83,7 @@ class GISPPruner(PruningCallback):
         layer_passes: int = 1,
         chunk_tokens: int | None = None,
         evaluate: Evaluate | None = None,
+        restore: RestoreConfig | None = None,
         stages: Sequence[Stage] = (),
         hub_model_id: str | None = None,
         hub_private: bool | None = None,
@@ -90,6 +96,9 @@ class GISPPruner(PruningCallback):
         config = config or GISPConfig()
         find_method(config.method)
         measured = [] if evaluate is None else [Measure(evaluate)]
+        then: list[Stage] = [*measured, *stages]
+        if restore is not None:
+            then = [Restore(restore, then)]
         self._publish = (
             None
             if hub_model_id is None
@@ -98,7 +107,7 @@ class GISPPruner(PruningCallback):
         super().__init__(
             config,
             output_dir,
-            stages=[Save(), *measured, *stages, *([self._publish] if self._publish else [])],
+            stages=[Save(), *then, *([self._publish] if self._publish else [])],
             shrink=shrink,
             layer_passes=layer_passes,
             chunk_tokens=chunk_tokens,

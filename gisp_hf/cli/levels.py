@@ -24,12 +24,15 @@ def run(options: argparse.Namespace) -> None:
             "sparsity": level.sparsity,
             "parameters": level.parameters,
             "decoder": level.decoder_parameters,
+            "restored": "yes" if level.restored else "no",
             **{f"metric {key}": level.metrics.get(key) for key in metrics},
             "commit": level.commit,
         }
         for level in levels
     ]
     columns = {"name": "level", "sparsity": "sparsity", "parameters": "parameters", "decoder": "in decoder layers"}
+    if any(level.restored for level in levels):
+        columns["restored"] = "restored"
     columns |= {f"metric {key}": key for key in metrics}
     if any(level.commit for level in levels):
         columns["commit"] = "commit"

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from gisp_hf.cli import card, evaluate, levels, materialize, push
+from gisp_hf.cli import card, evaluate, levels, materialize, push, restore
 from gisp_hf.cli.common import LOGIN, note
 from gisp_hf.hub import PushError
 from gisp_hf.version import __version__
@@ -21,6 +21,7 @@ from gisp_hf.version import __version__
 COMMANDS: dict[str, ModuleType] = {
     "levels": levels,
     "materialize": materialize,
+    "restore": restore,
     "push": push,
     "eval": evaluate,
     "card": card,
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("gisp-hf: interrupted")
         return INTERRUPTED
-    # An HTTP error of the Hub is an OSError; Transformers checks a config by strict data classes.
-    except (_UsageError, ValueError, OSError, PushError, StrictDataclassError) as error:
+    # An HTTP error of the Hub is an OSError; Transformers checks a config by strict data classes. Weights of a file may
+    # hold NaN.
+    except (_UsageError, ValueError, OSError, PushError, StrictDataclassError, FloatingPointError) as error:
         note(f"gisp-hf: error: {error}")
         return 2
     return 0

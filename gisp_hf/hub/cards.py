@@ -103,6 +103,7 @@ def main_card(
         results=(metrics or {}).get(levels[0].sparsity, ()),
         facts={
             "levels": list(levels),
+            "restored": any(level.restored for level in levels),
             "shown": levels[len(levels) // 2],
             "levels_table": _table(table),
             "results": bool(labels),
@@ -157,6 +158,7 @@ def level_card(
         results=(metrics or {}).get(level.sparsity, ()),
         facts={
             "level": level,
+            "restored": level.restored,
             "percent": _percent(1 - level.decoder_parameters / trajectory.layout.total),
             "removed": _listed(removed),
             "parameters": _short(level.parameters),

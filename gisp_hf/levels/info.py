@@ -25,6 +25,7 @@ from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
 from gisp_hf.levels.files import CONFIG_FILE, INDEX_FILE, checked_token, read_weight_map
 from gisp_hf.pruning.trajectory import FACTS_FILE, Trajectory
+from gisp_hf.recovery.record import is_restored
 from gisp_hf.untrusted import TOTAL, check_model_config, check_whole, odd_contents, printable, read_json
 from gisp_hf.version import __version__
 
@@ -47,7 +48,8 @@ class LevelInfo:
 
     ``name`` is its folder and its branch, ``sparsity`` what was asked for: a fraction (0-1) of the decoder layers'
     parameters. ``parameters`` counts the whole checkpoint, ``decoder_parameters`` what the decoder layers have left.
-    ``commit`` is None until the level is pushed. A metric is None if it was measured and is not finite.
+    ``commit`` is None until the level is pushed. A metric is None if it was measured and is not finite. ``restored``:
+    the output projections were fitted anew (`gisp_hf.recovery`); otherwise all weights are those of the base model.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LevelInfo:
     decoder_parameters: int
     commit: str | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    restored: bool = False
 
 
 def find_run(folder: str | Path) -> Path:
@@ -126,6 +129,9 @@ def read_levels(
 def levels_json(levels: Sequence[LevelInfo]) -> bytes:
     """Branch -> commit, sparsity, parameters and metrics; nothing in it that another push would change."""
     entries = {level.name: {key: value for key, value in asdict(level).items() if key != "name"} for level in levels}
+    for entry in entries.values():
+        if not entry["restored"]:  # so that files without restored levels stay as older versions wrote and read them
+            del entry["restored"]
     text = json.dumps({"format": FORMAT, "levels": entries}, indent=1, sort_keys=True, allow_nan=False)
     return text.encode() + b"\n"
 
@@ -213,6 +219,7 @@ def _read_folder(folder: Path) -> LevelInfo:
         parameters=parameters,
         decoder_parameters=total - round(trajectory.highest_sparsity() * total),
         metrics=_read_metrics(folder),
+        restored=is_restored(folder),
     )
 
 
@@ -266,4 +273,6 @@ def _check_level(level: LevelInfo) -> None:
         check_whole(number, f"the number of parameters of {level.name}", most=TOTAL)
     if not isinstance(level.commit, str) or not _COMMIT.fullmatch(level.commit):
         raise ValueError(f"{level.name} has the commit {level.commit!r}, which is none")
+    if type(level.restored) is not bool:
+        raise ValueError(f"restored of {level.name} is {level.restored!r:.60}, neither true nor false")
     check_metrics(level.name, level.metrics)

@@ -4,6 +4,7 @@ The dense model is never in memory: its checkpoint is read one tensor at a time,
 before the next is read. The same single pass makes sure that these are the weights the trajectory was made from.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import logging as progress_bars
 
 from gisp_hf.levels.files import (
     GENERATION_FILE,
@@ -33,7 +34,13 @@ from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import combine_checksums, tensor_checksum
 from gisp_hf.models.surgery import pruned_shell, slice_tensor
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.record import RESTORATION_FILE
+from gisp_hf.recovery.restore import draw
+from gisp_hf.recovery.restore import restore as restore_model
 from gisp_hf.untrusted import odd_contents
+
+logger = logging.getLogger(__name__)
 
 Cut = Sequence[tuple[int, torch.Tensor]]  # of one parameter: dimensions, and the indices along them that stay
 
@@ -71,6 +78,7 @@ def load_level(
     device: str | torch.device | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    restore: RestoreConfig | None = None,
 ) -> PreTrainedModel:
     """Any level of a trajectory, saved or not, from the trajectory and the unpruned model's own checkpoint.
 
@@ -88,6 +96,8 @@ def load_level(
         device: where the model goes once it is complete; the CPU if None.
         token: for private or gated repositories; the one you are logged in with if None.
         endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.
+        restore: fit the output projections anew on the text that ``restore.data`` names. None: all weights are those of
+            the unpruned model, whether or not the run's saved levels are restored; a warning says so if they are.
 
     Returns:
         The pruned model in evaluation mode, with the generation config of the unpruned one.
@@ -99,10 +109,23 @@ def load_level(
     """
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
+    base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
+    calibration = None
+    if restore is not None:
+        calibration = draw(restore, load_tokenizer_of(base))  # before the weights, which take time
+    elif _has_restored_levels(repo_or_folder, revision=revision, token=token, endpoint=endpoint):
+        logger.warning(
+            "the saved levels of %s are restored, and this one is not: load_level(..., restore=RestoreConfig(data=...))"
+            " restores it, and from_pretrained loads a saved one",
+            repo_or_folder,
+        )
     model = _cut(level, base, dtype)
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
-    return model if device is None else model.to(device)  # type: ignore[arg-type]
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
+    if restore is not None and calibration is not None:
+        restore_model(model, base, calibration, restore)
+    return model
 
 
 def materialize(
@@ -135,16 +158,38 @@ def materialize(
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
-    base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
-    tokenizer = _load_tokenizer(base)  # before the weights, which take time
+    base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
+    tokenizer = load_tokenizer_of(base)  # before the weights, which take time
     model = _cut(level, base, dtype)
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
+
+
+def _has_restored_levels(
+    repo_or_folder: str | Path, *, revision: str | None, token: str | None, endpoint: str | None
+) -> bool:
+    """Whether the levels of a run, or the mildest one, on ``main`` of a repository, say that they were restored."""
+    if Path(repo_or_folder).is_dir():
+        return any(Path(repo_or_folder).glob(f"sparsity-*/{RESTORATION_FILE}"))
+    return Files(repo_or_folder, revision, token, endpoint).fetch(RESTORATION_FILE) is not None
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def _open_base(level: Trajectory, files: Files) -> Files:
+def open_base_of(
+    level: Trajectory,
+    base_model: str | Path | None,
+    base_revision: str | None,
+    *,
+    token: str | None = None,
+    endpoint: str | None = None,
+) -> Files:
+    """The files of the unpruned model: those that were asked for, or those that the trajectory names.
+
+    Raises:
+        FileNotFoundError: if there is no such model.
+    """
+    files = Files(base_model or level.base.id, base_revision, token, endpoint)
     if files.revision is None and str(files.source) == level.base.id:
         files = replace(files, revision=level.base.revision)
     hint = "; base_model= names the unpruned model, by its Hub id or a folder"
@@ -157,7 +202,8 @@ def _open_base(level: Trajectory, files: Files) -> Files:
     return files
 
 
-def _load_tokenizer(base: Files) -> PreTrainedTokenizerBase | None:
+def load_tokenizer_of(base: Files) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the unpruned model; None if it has none."""
     found = [base.fetch(name) for name in TOKENIZER_FILES]
     folder = next((path.parent for path in found[:3] if path is not None), None)
     return None if folder is None else load_tokenizer(folder, label=base.label)
@@ -241,7 +287,7 @@ def _read_weights(
     shapes = {name: tuple(parameter.shape) for name, parameter in dense.named_parameters()}
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
-    with logging.tqdm(total=len(shapes), desc="Cutting weights") as progress:
+    with progress_bars.tqdm(total=len(shapes), desc="Cutting weights") as progress:
         for filename, names in names_by_file(base, dense, shapes).items():
             with base.opened(filename) as file:
                 if not weights:

@@ -201,12 +201,13 @@ class _Work:
             grams.merge(held_out)
         tokens = int(grams.tokens)
         change = solve_ridge(grams.gram, grams.cross, ridge).T
-        stored = self.pruned.weights.read([parameter])[parameter]
-        weight = (stored.to(self.device, torch.float64) + change).to(stored.dtype)  # rounded once, here
+        before, dtype = projection.weight.double(), self.pruned.stored[parameter]
+        weight = (before + change).to(dtype)  # rounded once, here
         if not bool(weight.isfinite().all()):
-            raise FloatingPointError(f"the restored {parameter} overflows {stored.dtype}; raise ridge")
-        after = grams.squared_error(weight.double() - stored.to(self.device, torch.float64))
-        projection.weight.copy_(weight)
+            raise FloatingPointError(f"the restored {parameter} overflows {dtype}; raise ridge")
+        after = grams.squared_error(weight.double() - before)
+        # Not copied into the old one, which may be that of a model in memory.
+        projection.weight = nn.Parameter(weight.to(projection.weight.dtype), requires_grad=False)
         error = LayerError(
             layer=number,
             projection=name,

@@ -69,12 +69,16 @@ class Layers:
         shell: the model without weights; this object owns it from now on.
         weights: of that model.
         device: where layers run.
-        dtype: in which they run, whatever the dtype of the weights.
+        dtype: in which they run: that of the weights, or float32.
+
+    Attributes:
+        stored: parameter -> dtype in which the weights hold it.
     """
 
     def __init__(self, shell: PreTrainedModel, weights: Weights, *, device: torch.device, dtype: torch.dtype) -> None:
         self.shell = shell.eval()
         self.weights, self.device, self.dtype = weights, device, dtype
+        self.stored: dict[str, torch.dtype] = {}  # of parameters that were loaded once
         self.prefix = family_of(shell).layers
         self._backbone = shell.get_submodule(self.prefix.rpartition(".")[0])
         self.layers = list(shell.get_submodule(self.prefix).children())
@@ -158,7 +162,9 @@ class Layers:
         read = self.weights.read([_join(prefix, name) for name in names])
         for name in names:
             owner, _, own = name.rpartition(".")
-            tensor = read[_join(prefix, name)].to(self.device, self.dtype)
+            stored = read[_join(prefix, name)]
+            self.stored[_join(prefix, name)] = stored.dtype
+            tensor = stored.to(self.device, self.dtype)
             part = module.get_submodule(owner)
             if own in part._parameters:
                 part._parameters[own] = nn.Parameter(tensor, requires_grad=False)

@@ -1,10 +1,17 @@
 """The record of a restoration: ``restoration.json`` in a level's folder."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from gisp_hf.atomic import write_text_atomic
 from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.untrusted import check_list, check_number, check_object, check_text, check_whole, read_json
+
+RESTORATION_FILE = "restoration.json"
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -49,4 +56,53 @@ class Restoration:
     base: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "config": self.config.to_dict(), "errors": [asdict(error) for error in self.errors]}
+        facts = {**asdict(self), "config": self.config.to_dict(), "changed": list(self.changed)}
+        return {"format": FORMAT, **facts, "errors": [asdict(error) for error in self.errors]}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``restoration.json`` into a level's folder."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_text_atomic(Path(folder) / RESTORATION_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Restoration":
+        """Reads what ``save`` wrote, and trusts none of it before it is checked.
+
+        Raises:
+            FileNotFoundError: if the level is not restored.
+            ValueError: if the file is damaged.
+        """
+        path = Path(folder) / RESTORATION_FILE
+        try:
+            facts = read_json(path)
+            if facts.pop("format", None) != FORMAT:
+                raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
+            check_number(facts["sparsity"], "sparsity", least=0, most=1)
+            check_number(facts["blend"], "blend", least=0, most=1)
+            check_whole(facts["tokens"], "tokens")
+            check_text(facts["fingerprint"], "fingerprint")
+            check_object(facts["base"], "base")
+            check_object(facts["calibration"], "calibration")
+            changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
+            config = RestoreConfig(**check_object(facts["config"], "config"))
+            entries = [check_object(e, "errors") for e in check_list(facts["errors"], "errors", longest=10**5)]
+            errors = tuple(_checked_error(entry) for entry in entries)
+            return cls(**{**facts, "config": config, "errors": errors, "changed": tuple(changed)})
+        except FileNotFoundError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; restore the level again") from error
+
+
+def is_restored(folder: str | Path) -> bool:
+    """Whether a level's folder says that it was restored."""
+    return (Path(folder) / RESTORATION_FILE).is_file()
+
+
+def _checked_error(entry: Mapping[str, Any]) -> LayerError:
+    check_whole(entry["layer"], "layer")
+    check_text(entry["projection"], "projection")
+    check_whole(entry["inputs"], "inputs")
+    for key in ("ridge", "before", "after"):
+        check_number(entry[key], key, least=0)
+    return LayerError(**entry)

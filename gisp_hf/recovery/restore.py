@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.data import Calibration
+from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.levels.files import CONFIG_FILE, Files, empty_model, pin, read_model_config
 from gisp_hf.levels.weights import FileWeights
 from gisp_hf.models import discover
@@ -30,7 +30,7 @@ Text = Calibration | Iterable[Mapping[str, Any]]
 
 def restore(
     level: PreTrainedModel,
-    base: PreTrainedModel | str | Path,
+    base: PreTrainedModel | Files | str | Path,
     calibration: Text,
     config: RestoreConfig | None = None,
     *,
@@ -78,10 +78,13 @@ def restore(
     with torch.no_grad():
         for fit in found:
             level.get_parameter(fit.parameter).copy_(fit.weight)
-    return record_of(found, shell_of(level), shell, config=config, calibration=calibration)
+    provenance = calibration.provenance if isinstance(calibration, Calibration) else {}
+    return record_of(found, shell_of(level), shell, config=config, provenance=provenance)
 
 
-def open_base(base: PreTrainedModel | str | Path, *, revision: str | None = None) -> tuple[PreTrainedModel, Weights]:
+def open_base(
+    base: PreTrainedModel | Files | str | Path, *, revision: str | None = None
+) -> tuple[PreTrainedModel, Weights]:
     """The unpruned model without weights, and its weights: in memory, or in files.
 
     Raises:
@@ -90,11 +93,29 @@ def open_base(base: PreTrainedModel | str | Path, *, revision: str | None = None
     """
     if isinstance(base, PreTrainedModel):
         return shell_of(base), ModelWeights(base)
-    files, config_file = pin(Files(base, revision, None, None), CONFIG_FILE)
+    asked = base if isinstance(base, Files) else Files(base, revision, None, None)
+    files, config_file = pin(asked, CONFIG_FILE)
     if config_file is None:
         raise FileNotFoundError(f"the base model was not found: {files.label} holds no {CONFIG_FILE}")
     shell = empty_model(read_model_config(config_file.parent, label=files.label), label=files.label)
     return shell, FileWeights(files, shell)
+
+
+def draw(config: RestoreConfig, tokenizer: PreTrainedTokenizerBase | None) -> Calibration:
+    """The calibration set that the settings name.
+
+    Raises:
+        ValueError: if they name none, there is no tokenizer, or the data cannot give the tokens.
+    """
+    if config.data is None:
+        raise ValueError(
+            "restoration needs calibration text: RestoreConfig(data=...) names it, as load_calibration does"
+        )
+    if tokenizer is None:
+        raise ValueError("the base model has no tokenizer, so no calibration text can be encoded; add its files")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked
+    return load_calibration(config.data, tokenizer, tokens=config.tokens, seed=config.seed)
 
 
 def batches_for(calibration: Text, config: RestoreConfig) -> list[Batch]:
@@ -181,13 +202,14 @@ def record_of(
     base: PreTrainedModel,
     *,
     config: RestoreConfig,
-    calibration: Any,
+    provenance: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
 ) -> Restoration:
     """The record of what was done.
 
     Args:
         level, base: with or without weights; their sizes are read.
+        provenance: of the calibration text.
         facts: of the base: id, revision, fingerprint.
     """
     sparsity = sparsity_between(level, base)
@@ -199,7 +221,7 @@ def record_of(
         errors=tuple(fit.error for fit in fits),
         changed=tuple(fit.parameter for fit in fits),
         fingerprint=fingerprint((fit.parameter, fit.weight) for fit in fits),
-        calibration=calibration.provenance if isinstance(calibration, Calibration) else {},
+        calibration=provenance,
         base=facts or {},
     )
 

@@ -7,7 +7,7 @@ figure: the backend and the style of a notebook stay as they are. The suffix of 
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -176,4 +176,45 @@ def plot_loss(steps: Sequence[Mapping[str, float]], path: str | PathLike[str], *
     upper.set_xticks([row["sparsity"] for row in shown], [f"{row['step']:g}" for row in shown])
     upper.set_xlabel("pruning step")
     upper.spines["top"].set_visible(False)
+    figure.savefig(path)
+
+
+def plot_errors(errors: Sequence[Mapping[str, Any]], path: str | PathLike[str]) -> None:
+    """The relative error of each projection before and after a restoration, layer by layer.
+
+    Args:
+        errors: ``layer``, ``projection``, ``before`` and ``after`` of each, in any order
+            (`gisp_hf.recovery.record.LayerError`).
+        path: the file to write.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no error to draw.
+    """
+    if not errors:
+        raise ValueError("errors is empty: give the errors of a restoration")
+    figure = _new_figure()
+    from matplotlib.ticker import MaxNLocator
+
+    axes = figure.add_subplot()
+    for i, name in enumerate(dict.fromkeys(error["projection"] for error in errors)):
+        own = sorted((error for error in errors if error["projection"] == name), key=lambda error: error["layer"])
+        layers = [error["layer"] for error in own]
+        for key, line in (("before", ":"), ("after", "-")):
+            axes.plot(
+                layers,
+                [error[key] for error in own],
+                label=f"{name.rpartition('.')[2]} {key}",
+                color=COLOURS[i % 6],
+                marker=MARKERS[i % 6],
+                markersize=4,
+                linestyle=line,
+                linewidth=2,
+            )
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error of the output")
+    _style(axes)
+    axes.legend(framealpha=1, edgecolor="white")
     figure.savefig(path)

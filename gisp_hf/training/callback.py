@@ -306,6 +306,8 @@ class PruningCallback(TrainerCallback):
             use_cache=True if self._use_cache is None else self._use_cache,
             tokenizer=tokenizer,
             trajectory=self.trajectory if before is None else before,
+            model=model,
+            dataloader=dataloader,
         )
         for stage in self.stages:
             stage.begin(run)

@@ -27,6 +27,8 @@ class Run:
         sharded: whether parameters are cut over the processes, so that all of them must take part in saving.
         use_cache: of the model's config before the Trainer changed it; None if unknown.
         trajectory: base, settings and calibration data; its order is empty, or that of the checkpoint.
+        model: unpruned, or with what the checkpoint says is gone set to zero, if it is sharded.
+        dataloader: of the calibration data, as the Trainer has made it; None if unknown.
     """
 
     output_dir: Path
@@ -38,6 +40,8 @@ class Run:
     use_cache: bool | None
     tokenizer: Any
     trajectory: Trajectory
+    model: PreTrainedModel
+    dataloader: Any = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""Measure settings of restoration on SmolLM2: perplexity on text of three domains that calibration never saw.
+
+    python -m recipes.restore_study                     # runs what has no result yet, most telling cells first
+    python -m recipes.restore_study --levels 0.3 0.5
+    python -m recipes.restore_study --report            # the table again, from the results that are there
+
+Prunes once on a third of each domain (4,096 tokens in each of 12 steps), keeps the levels in runs/restore_study, and
+then restores a fresh copy of a level in every cell. A cell is one JSON file in recipes/results/restore; one whose file
+is there does not run again. Hardware: two CPU cores, 4 GB of memory. Time: see docs/restore.md.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from gisp_hf import GISPConfig
+from gisp_hf.atomic import write_text_atomic
+from gisp_hf.config import level_name
+from gisp_hf.data import Calibration, load_calibration
+from gisp_hf.evaluation import perplexity
+from gisp_hf.models.dtype import fast_dtype
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.restore import restore
+from gisp_hf.report import format_table
+from recipes.calibrated_run import prune
+from recipes.compare_results import geometric_mean
+from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
+
+RESULTS = Path("recipes/results/restore")
+WORK = Path("runs/restore_study")
+LEVELS = (0.2, 0.3, 0.4, 0.5)
+MIXTURE = "wikipedia:1/3,news:1/3,code:1/3"
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+BLOCK = 128  # tokens; of pruning and of restoration
+WINDOW = 256  # of perplexity
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One restoration; ``tokens`` 0: the level as it is. ``sparsity`` 0: the unpruned model."""
+
+    sparsity: float
+    tokens: int = 16_512
+    data: str = MIXTURE
+    blend: float = 0.5
+    ridge: tuple[float, ...] = (1e-2,)
+    seed: int = 0
+    pruned_on: str = MIXTURE
+
+    @property
+    def file(self) -> str:
+        if self.sparsity == 0:
+            return "dense.json"
+        pruned = "" if self.pruned_on == MIXTURE else f"-pruned_on_{_short(self.pruned_on)}"
+        if self.tokens == 0:
+            return f"{level_name(self.sparsity)}{pruned}-unrestored.json"
+        ridge = "_".join(f"{value:g}" for value in self.ridge)
+        own = f"{_short(self.data)}-{self.tokens}-blend{self.blend:g}-ridge{ridge}-seed{self.seed}"
+        return f"{level_name(self.sparsity)}{pruned}-{own}.json"
+
+
+def cells(levels: Sequence[float]) -> list[Cell]:
+    """All cells, the most telling first, so that an early end leaves whole comparisons."""
+    found = [Cell(0.0, tokens=0), *(Cell(level, tokens=0) for level in levels)]
+    found += [Cell(level, blend=blend) for blend in (0.5, 1.0, 0.0) for level in levels]
+    found += [Cell(level, ridge=RIDGES) for level in levels]
+    found += [Cell(level, data="wikipedia") for level in levels]
+    found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
+    found += [Cell(level, tokens=65_664) for level in levels]
+    found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1) for level in levels]
+    found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
+    return list({cell.file: cell for cell in found}.values())
+
+
+def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path) -> Calibration:
+    """Calibration text of some domains, by their shares of the tokens, from files of their documents."""
+    for domain in DOMAINS:
+        path = work / f"{domain}.jsonl"
+        if domain in data and not path.is_file():
+            lines = (json.dumps({"text": text}) + "\n" for text in load_domain(domain).calibration)
+            write_text_atomic(path, "".join(lines))
+        data = data.replace(domain, str(path))
+    return load_calibration(data, tokenizer, tokens=tokens, block_size=BLOCK, seed=seed)
+
+
+def prepare(work: Path, pruned_on: str, tokenizer: Any, model: PreTrainedModel) -> Path:
+    """The folder of the levels, pruned now if they are not there; ``work/base`` holds the unpruned model."""
+    work.mkdir(parents=True, exist_ok=True)
+    folder = work / f"levels-{_short(pruned_on)}"
+    if not (work / "base").is_dir():
+        model.save_pretrained(work / "base")
+    if not (folder / "trajectory.json").is_file():
+        config = GISPConfig(sparsity_levels=LEVELS, num_steps=12)
+        calibration = draw(pruned_on, tokenizer, tokens=4096, seed=0, work=work)
+        prune(model, tokenizer, calibration, config=config, output_dir=folder, batch_size=8)
+    return folder
+
+
+def run_cell(cell: Cell, *, work: Path, evaluation_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Restores and measures one level."""
+    model, tokenizer = load_smollm2(dtype)
+    held_out = {
+        name: held_out_tokens(load_domain(name).held_out, tokenizer, count=evaluation_tokens) for name in DOMAINS
+    }
+    errors: list[dict[str, Any]] = []
+    seconds = 0.0
+    if cell.sparsity:
+        folder = prepare(work, cell.pruned_on, tokenizer, model)
+        model = AutoModelForCausalLM.from_pretrained(folder / level_name(cell.sparsity), dtype=dtype)
+    if cell.tokens:
+        config = RestoreConfig(tokens=None, blend=cell.blend, ridge=cell.ridge)
+        calibration = draw(cell.data, tokenizer, tokens=cell.tokens, seed=cell.seed, work=work)
+        start = time.perf_counter()
+        record = restore(model, work / "base", calibration, config, progress=False)
+        seconds = time.perf_counter() - start
+        errors = [asdict(error) for error in record.errors]
+    found = {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in held_out.items()}
+    return {"perplexity": found, "geometric_mean": geometric_mean(found), "seconds": seconds, "errors": errors}
+
+
+def table(folder: Path) -> str:
+    """Every result, sorted by sparsity and geometric mean."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        cell = found["cell"]
+        plain = cell["tokens"] == 0
+        rows.append(
+            {
+                "level": "dense" if cell["sparsity"] == 0 else f"{cell['sparsity']:.0%}",
+                "data": "-" if plain else _short(cell["data"]),
+                "tokens": "-" if plain else f"{cell['tokens']:,}",
+                "blend": "-" if plain else f"{cell['blend']:g}",
+                "ridge": "-" if plain else ", ".join(f"{value:g}" for value in cell["ridge"]),
+                "seed": "-" if plain else str(cell["seed"]),
+                **found["result"]["perplexity"],
+                "mean": found["result"]["geometric_mean"],
+                "seconds": found["result"]["seconds"],
+                "order": (cell["sparsity"], found["result"]["geometric_mean"]),
+            }
+        )
+    columns = {name: name for name in ("level", "data", "tokens", "blend", "ridge", "seed", *DOMAINS)}
+    columns |= {"mean": "geometric mean", "seconds": "seconds"}
+    formats = {**dict.fromkeys(DOMAINS, ",.2f"), "mean": ",.2f", "seconds": ",.0f"}
+    return format_table(sorted(rows, key=lambda row: row["order"]), columns, formats=formats)
+
+
+def _short(data: str) -> str:
+    return "mixture" if data == MIXTURE else data
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", type=float, nargs="+", default=list(LEVELS), metavar="FRACTION")
+    parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="text, base model and levels")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR", help="results")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cells whose file name holds this text")
+    parser.add_argument("--report", action="store_true", help="write the table again, and run nothing")
+    options = parser.parse_args(argv)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    dtype = fast_dtype("cpu") if not torch.cuda.is_available() else torch.bfloat16
+    waiting = [] if options.report else [cell for cell in cells(options.levels) if options.only in cell.file]
+    for cell in waiting:
+        path = options.output_dir / cell.file
+        if path.is_file():
+            continue
+        result = run_cell(cell, work=options.work, evaluation_tokens=options.evaluation_tokens, dtype=dtype)
+        settings = {"evaluation_tokens": options.evaluation_tokens, "window": WINDOW, "dtype": str(dtype)}
+        facts = {"cell": asdict(replace(cell)), **settings, "result": result}
+        write_text_atomic(path, json.dumps(facts, indent=1) + "\n")
+        print(f"{cell.file}: {result['geometric_mean']:.2f} {result['perplexity']}", flush=True)
+    text = table(options.output_dir)
+    write_text_atomic(options.output_dir / "results.md", text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
