@@ -13,12 +13,12 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gisp_hf import GISPConfig
 from gisp_hf.atomic import write_text_atomic
@@ -47,7 +47,7 @@ class Cell:
     """One restoration; ``tokens`` 0: the level as it is. ``sparsity`` 0: the unpruned model."""
 
     sparsity: float
-    tokens: int = 16_512
+    tokens: int = 8064
     data: str = MIXTURE
     blend: float = 0.5
     ridge: tuple[float, ...] = (1e-2,)
@@ -68,12 +68,15 @@ class Cell:
 
 def cells(levels: Sequence[float]) -> list[Cell]:
     """All cells, the most telling first, so that an early end leaves whole comparisons."""
-    found = [Cell(0.0, tokens=0), *(Cell(level, tokens=0) for level in levels)]
-    found += [Cell(level, blend=blend) for blend in (0.5, 1.0, 0.0) for level in levels]
-    found += [Cell(level, ridge=RIDGES) for level in levels]
-    found += [Cell(level, data="wikipedia") for level in levels]
-    found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
-    found += [Cell(level, tokens=65_664) for level in levels]
+    few = [level for level in (0.3, 0.5) if level in levels] or list(levels)
+    found = [Cell(0.0, tokens=0)]
+    found += [cell for level in few for cell in (Cell(level, tokens=0), Cell(level))]
+    found += [Cell(level, blend=blend) for blend in (1.0, 0.0) for level in few]
+    found += [Cell(level, ridge=RIDGES) for level in few]
+    found += [Cell(level, data="wikipedia") for level in few]
+    found += [cell for level in levels for cell in (Cell(level, tokens=0), Cell(level))]
+    found += [Cell(level, blend=blend) for blend in (1.0, 0.0, 0.75, 0.25) for level in levels]
+    found += [Cell(level, tokens=tokens) for tokens in (16_512, 65_664) for level in levels]
     found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1) for level in levels]
     found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
     return list({cell.file: cell for cell in found}.values())
@@ -90,38 +93,55 @@ def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path) -> Ca
     return load_calibration(data, tokenizer, tokens=tokens, block_size=BLOCK, seed=seed)
 
 
-def prepare(work: Path, pruned_on: str, tokenizer: Any, model: PreTrainedModel) -> Path:
-    """The folder of the levels, pruned now if they are not there; ``work/base`` holds the unpruned model."""
+@dataclass(frozen=True)
+class Material:
+    """Everything that cells share. ``work/base`` holds the unpruned model."""
+
+    work: Path
+    tokenizer: Any
+    held_out: dict[str, torch.Tensor]
+    dtype: torch.dtype
+
+
+def prepare(work: Path, *, evaluation_tokens: int, dtype: torch.dtype) -> Material:
+    """The unpruned model as a checkpoint, and the text of evaluation."""
     work.mkdir(parents=True, exist_ok=True)
-    folder = work / f"levels-{_short(pruned_on)}"
-    if not (work / "base").is_dir():
+    if not (work / "base" / "tokenizer.json").is_file():
+        model, tokenizer = load_smollm2(dtype)
         model.save_pretrained(work / "base")
-    if not (folder / "trajectory.json").is_file():
-        config = GISPConfig(sparsity_levels=LEVELS, num_steps=12)
-        calibration = draw(pruned_on, tokenizer, tokens=4096, seed=0, work=work)
-        prune(model, tokenizer, calibration, config=config, output_dir=folder, batch_size=8)
-    return folder
-
-
-def run_cell(cell: Cell, *, work: Path, evaluation_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Restores and measures one level."""
-    model, tokenizer = load_smollm2(dtype)
+        tokenizer.save_pretrained(work / "base")
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
     held_out = {
         name: held_out_tokens(load_domain(name).held_out, tokenizer, count=evaluation_tokens) for name in DOMAINS
     }
+    return Material(work, tokenizer, held_out, dtype)
+
+
+def find_level(cell: Cell, material: Material) -> Path:
+    """The folder of a level; prunes first if there is none."""
+    folder = material.work / f"levels-{_short(cell.pruned_on)}"
+    if not (folder / "trajectory.json").is_file():
+        model = AutoModelForCausalLM.from_pretrained(material.work / "base", dtype=material.dtype)
+        config = GISPConfig(sparsity_levels=LEVELS, num_steps=12)
+        calibration = draw(cell.pruned_on, material.tokenizer, tokens=4096, seed=0, work=material.work)
+        prune(model, material.tokenizer, calibration, config=config, output_dir=folder, batch_size=8)
+    return folder / level_name(cell.sparsity)
+
+
+def run_cell(cell: Cell, material: Material) -> dict[str, Any]:
+    """Restores and measures one level."""
     errors: list[dict[str, Any]] = []
     seconds = 0.0
-    if cell.sparsity:
-        folder = prepare(work, cell.pruned_on, tokenizer, model)
-        model = AutoModelForCausalLM.from_pretrained(folder / level_name(cell.sparsity), dtype=dtype)
+    source = find_level(cell, material) if cell.sparsity else material.work / "base"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=material.dtype)
     if cell.tokens:
         config = RestoreConfig(tokens=None, blend=cell.blend, ridge=cell.ridge)
-        calibration = draw(cell.data, tokenizer, tokens=cell.tokens, seed=cell.seed, work=work)
+        calibration = draw(cell.data, material.tokenizer, tokens=cell.tokens, seed=cell.seed, work=material.work)
         start = time.perf_counter()
-        record = restore(model, work / "base", calibration, config, progress=False)
+        record = restore(model, material.work / "base", calibration, config, progress=False)
         seconds = time.perf_counter() - start
         errors = [asdict(error) for error in record.errors]
-    found = {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in held_out.items()}
+    found = {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in material.held_out.items()}
     return {"perplexity": found, "geometric_mean": geometric_mean(found), "seconds": seconds, "errors": errors}
 
 
@@ -168,13 +188,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     dtype = fast_dtype("cpu") if not torch.cuda.is_available() else torch.bfloat16
     waiting = [] if options.report else [cell for cell in cells(options.levels) if options.only in cell.file]
+    waiting = [cell for cell in waiting if not (options.output_dir / cell.file).is_file()]
+    if waiting:
+        material = prepare(options.work, evaluation_tokens=options.evaluation_tokens, dtype=dtype)
     for cell in waiting:
         path = options.output_dir / cell.file
-        if path.is_file():
-            continue
-        result = run_cell(cell, work=options.work, evaluation_tokens=options.evaluation_tokens, dtype=dtype)
+        result = run_cell(cell, material)
         settings = {"evaluation_tokens": options.evaluation_tokens, "window": WINDOW, "dtype": str(dtype)}
-        facts = {"cell": asdict(replace(cell)), **settings, "result": result}
+        facts = {"cell": asdict(cell), **settings, "result": result}
         write_text_atomic(path, json.dumps(facts, indent=1) + "\n")
         print(f"{cell.file}: {result['geometric_mean']:.2f} {result['perplexity']}", flush=True)
     text = table(options.output_dir)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from gisp_hf.cli import card, evaluate, levels, materialize, push, restore
+from gisp_hf.cli import card, elastic, evaluate, levels, materialize, push, restore
 from gisp_hf.cli.common import LOGIN, note
 from gisp_hf.hub import PushError
 from gisp_hf.version import __version__
@@ -21,6 +21,7 @@ from gisp_hf.version import __version__
 COMMANDS: dict[str, ModuleType] = {
     "levels": levels,
     "materialize": materialize,
+    "elastic": elastic,
     "restore": restore,
     "push": push,
     "eval": evaluate,

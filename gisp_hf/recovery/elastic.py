@@ -40,6 +40,7 @@ from gisp_hf.recovery.layers import Layers, Reached
 logger = logging.getLogger(__name__)
 
 FULL = 0.0  # the sparsity of full width
+FULL_WEIGHT = 12.0  # of full width in the fit; levels have 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _solve(normal: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def level_weights(
-    levels: Sequence[float], full: float = 12.0, others: Mapping[float, float] | None = None
+    levels: Sequence[float], full: float = FULL_WEIGHT, others: Mapping[float, float] | None = None
 ) -> dict[float, float]:
     """Sparsity -> weight in the fit: ``full`` for full width, 1 for each of ``levels`` unless ``others`` names it.
 
