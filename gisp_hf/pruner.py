@@ -116,6 +116,7 @@ class GISPPruner(PruningCallback):
             hide_path=hub_model_id is not None,  # what is pushed should not tell where a base lay on this machine
             calibration=calibration,
         )
+        self.restoration = None if restore is None else restore.to_dict()
 
     @property
     def push_report(self) -> PushReport | None:

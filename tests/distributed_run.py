@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback
 
-from gisp_hf import GISPPruner, prune
+from gisp_hf import GISPPruner, RestoreConfig, prune
 from tests.runs import make_trainer, tiny_config
 from tests.tiny import tiny_model
 
@@ -65,7 +65,8 @@ def run_ddp(folder: Path, options: dict) -> None:
     dtype = getattr(torch, options.pop("dtype", "float32"))
     config = tiny_config(num_steps=options.pop("num_steps", 5), method=options.pop("method", "gisp"))
     by_function = options.pop("by_function", False)
-    pruner = GISPPruner(config, folder / "levels")
+    restore = RestoreConfig(**options.pop("restore")) if "restore" in options else None
+    pruner = GISPPruner(config, folder / "levels", restore=restore)
     trainer = make_trainer(
         tiny_model(dtype=dtype),
         folder,
@@ -154,6 +155,24 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     dist.destroy_process_group()
 
 
+def run_restore(folder: Path, options: dict) -> None:
+    """Restoration in memory; every process writes what it got."""
+    from safetensors.torch import save_file
+
+    from gisp_hf import restore
+    from tests.restoring import pair
+    from tests.tiny import tiny_blocks
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    base, level = pair("gemma2")
+    record = restore(level, base, tiny_blocks(44), RestoreConfig(**options), progress=False)
+    rank = dist.get_rank()
+    save_file({name: p.detach().contiguous() for name, p in level.named_parameters()}, folder / f"{rank}.safetensors")
+    folder.joinpath(f"{rank}.json").write_text(json.dumps(record.to_dict()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    {"ddp": run_ddp, "fsdp2": run_fsdp2}[sys.argv[1]](Path(sys.argv[2]), settings)
+    {"ddp": run_ddp, "fsdp2": run_fsdp2, "restore": run_restore}[sys.argv[1]](Path(sys.argv[2]), settings)

@@ -113,7 +113,7 @@ def load_level(
     calibration = None
     if restore is not None:
         calibration = draw(restore, load_tokenizer_of(base))  # before the weights, which take time
-    elif _has_restored_levels(repo_or_folder, revision=revision, token=token, endpoint=endpoint):
+    elif _has_restored_levels(trajectory, repo_or_folder):
         logger.warning(
             "the saved levels of %s are restored, and this one is not: load_level(..., restore=RestoreConfig(data=...))"
             " restores it, and from_pretrained loads a saved one",
@@ -164,13 +164,11 @@ def materialize(
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
 
 
-def _has_restored_levels(
-    repo_or_folder: str | Path, *, revision: str | None, token: str | None, endpoint: str | None
-) -> bool:
-    """Whether the levels of a run, or the mildest one, on ``main`` of a repository, say that they were restored."""
-    if Path(repo_or_folder).is_dir():
-        return any(Path(repo_or_folder).glob(f"sparsity-*/{RESTORATION_FILE}"))
-    return Files(repo_or_folder, revision, token, endpoint).fetch(RESTORATION_FILE) is not None
+def _has_restored_levels(trajectory: Trajectory, source: str | Path) -> bool:
+    """Whether a run, or the levels in its folder, say that they were restored."""
+    folder = Path(source)
+    found = folder.is_dir() and ((folder / RESTORATION_FILE).is_file() or any(folder.glob(f"*/{RESTORATION_FILE}")))
+    return trajectory.restoration is not None or found
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -224,6 +222,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
         order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
         config=replace(trajectory.config, channel_multiple=multiple),
         steps=tuple(step for step in trajectory.steps if step.sparsity < reached),
+        restoration=None,  # what is cut out of the base has the weights of the base
     )
 
 

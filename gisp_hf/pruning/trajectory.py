@@ -21,7 +21,7 @@ from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import as_pruned_model, slice_structures
 from gisp_hf.pruning.selection import parameter_budget, removed_mask, removed_parameters
-from gisp_hf.untrusted import check_trajectory, read_json
+from gisp_hf.untrusted import check_object, check_trajectory, read_json
 
 ORDER_FILE = "trajectory.safetensors"
 FACTS_FILE = "trajectory.json"
@@ -76,7 +76,8 @@ class Trajectory:
     """A total order over the structures of one model. Every sparsity is a prefix of it, so that all levels are nested.
 
     ``order``: per block of ``layout``, int32 of shape ``(block.size,)``: the position in the removal order, -1 = never
-    removed.
+    removed. ``restoration``: the settings with which the saved levels of the run are restored (`gisp_hf.recovery`);
+    None: all their weights are those of the base.
     """
 
     layout: Layout
@@ -85,6 +86,7 @@ class Trajectory:
     base: Base
     steps: tuple[Step, ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict)
+    restoration: dict[str, Any] | None = None
 
     @property
     def ranks(self) -> tuple[torch.Tensor, ...]:
@@ -196,7 +198,7 @@ class Trajectory:
         """Writes ``trajectory.safetensors`` (the order) and ``trajectory.json`` (everything else); no pickle."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        facts = {
+        facts: dict[str, Any] = {
             "format": FORMAT,
             "base": asdict(self.base),
             "config": self.config.to_dict(),
@@ -207,6 +209,8 @@ class Trajectory:
             "blocks": [block.to_dict() for block in self.layout.blocks],
             "steps": [asdict(step) for step in self.steps],
         }
+        if self.restoration is not None:
+            facts["restoration"] = self.restoration
         order = {block.name: positions.contiguous() for block, positions in zip(self.layout.blocks, self.order)}
         with replacement(folder / ORDER_FILE) as file:
             save_file(order, file)
@@ -244,6 +248,9 @@ class Trajectory:
                 base=Base(**facts["base"]),
                 steps=tuple(Step.from_dict(step) for step in facts["steps"]),
                 calibration=facts["calibration"],
+                restoration=None
+                if facts.get("restoration") is None
+                else check_object(facts["restoration"], "restoration"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise ValueError(f"the trajectory in {folder} cannot be used: {error}") from error

@@ -1,7 +1,10 @@
 """``RestoreConfig``: settings of a restoration, validated."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from gisp_hf.data.shares import split_mixture
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,15 @@ class RestoreConfig:
         return default_blend(sparsity) if self.blend is None else self.blend
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ridge": list(self.ridge)}
+        """For JSON files that may be published: of the files in ``data`` the names alone."""
+        return {**asdict(self), "ridge": list(self.ridge), "data": None if self.data is None else _names(self.data)}
+
+
+def _names(data: str) -> str:
+    """A mixture, or a single set, without folders of this machine."""
+    shares = split_mixture(data)
+    parts = {Path(part).name if Path(part).exists() else part: share for part, share in shares.items()}
+    return ",".join(f"{part}:{share}" for part, share in parts.items()) if len(parts) > 1 else next(iter(parts))
 
 
 def default_blend(sparsity: float) -> float:

@@ -67,6 +67,7 @@ class PruningCallback(TrainerCallback):
         self.base_model = base_model
         self.base_revision = base_revision
         self.calibration = calibration or {}
+        self.restoration: dict[str, Any] | None = None  # settings of a stage that changes the levels' weights
         self.levels: dict[float, Level] = {}
         self._hide_path = hide_path
         self._engine: Engine | None = None
@@ -89,6 +90,7 @@ class PruningCallback(TrainerCallback):
             base=self._base,
             steps=tuple(self._steps),
             calibration=self.calibration,
+            restoration=self.restoration,
         )
 
     @property
