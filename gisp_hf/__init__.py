@@ -9,7 +9,6 @@ from gisp_hf import deprecated
 from gisp_hf.config import GISPConfig
 from gisp_hf.levels.materialize import load_level
 from gisp_hf.models import FAMILIES
-from gisp_hf.models.modeling_elastic import ElasticModelMixin
 from gisp_hf.pruner import GISPPruner, prune
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.config import RestoreConfig
@@ -34,7 +33,3 @@ deprecated.install()
 for _family in FAMILIES:
     AutoConfig.register(_family.pruned_config.model_type, _family.pruned_config)
     AutoModelForCausalLM.register(_family.pruned_config, _family.pruned_model)
-
-for _elastic in ElasticModelMixin.__subclasses__():
-    AutoConfig.register(_elastic.config_class.model_type, _elastic.config_class)
-    AutoModelForCausalLM.register(_elastic.config_class, _elastic)
