@@ -94,8 +94,7 @@ def test_inputs_that_no_level_keeps_or_that_are_zero_do_not_change() -> None:
     assert not torch.allclose(found[:, ~unchanged], weight[:, ~unchanged])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("blend", [0.0, 0.5])
+@pytest.mark.parametrize(("family", "blend"), [*((family, 0.5) for family in FAMILIES), ("llama", 0.0), ("llama", 1.0)])
 def test_one_level_alone_gets_the_weights_of_its_own_restoration(family: str, blend: float) -> None:
     model = tiny_model(family)
     trajectory = random_trajectory(model, "some/base", last=4)
@@ -107,7 +106,7 @@ def test_one_level_alone_gets_the_weights_of_its_own_restoration(family: str, bl
     restore(level, tiny_model(family), batches, config, progress=False)
     layers = Layers(shell_of(model), ModelWeights(model), device=torch.device("cpu"), dtype=torch.float32)
     keeps = kept_inputs(trajectory, 0.4)
-    fits = shared_weights(layers, trajectory, batches, weights={0.4: 2.0}, config=config, progress=False)
+    fits = shared_weights(layers, trajectory, batches, weights={0.4: 2.0}, config=config, streams="own", progress=False)
     for fit in fits:
         expected = level.get_parameter(fit.parameter)
         torch.testing.assert_close(fit.weight[:, keeps[fit.parameter]], expected, rtol=1e-2, atol=2e-3)

@@ -46,8 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--streams",
         choices=("own", "unpruned"),
-        default="own",
-        help="fit to what each level makes of the text, or to what the unpruned model does: one pass (default: own)",
+        default="unpruned",
+        help="fit to what the unpruned model makes of the text, one pass, or to what each level does (default: unpruned)",
     )
     parser.add_argument(
         "--full-apart",

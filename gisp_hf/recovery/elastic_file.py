@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gisp_hf.data import Calibration
 from gisp_hf.levels.elastic import elastic_class, elastic_table, make_elastic, save_elastic
-from gisp_hf.levels.files import CONFIG_FILE, Files
+from gisp_hf.levels.files import CONFIG_FILE, GENERATION_FILE, Files, empty_model, read_model_config
 from gisp_hf.levels.materialize import load_tokenizer_of, load_trajectory, open_base_of
+from gisp_hf.levels.weights import stored_tensors
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.batches import Batch
@@ -32,7 +33,7 @@ def write_elastic(
     config: RestoreConfig | None = None,
     calibration: Calibration | None = None,
     weights: Mapping[float, float] | None = None,
-    streams: Streams = "own",
+    streams: Streams = "unpruned",
     full_apart: bool = False,
     base_model: str | Path | None = None,
     base_revision: str | None = None,
@@ -81,7 +82,6 @@ def write_elastic(
         raise ValueError("full_apart keeps the unpruned output projections beside shared ones; give calibration text")
     base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
     model = _load_base(base)
-    elastic_class(model)
     trajectory.check_base(model)
     tokenizer = load_tokenizer_of(base)
     fits: list[SharedFit] = []
@@ -105,7 +105,7 @@ def share(
     *,
     weights: Mapping[float, float],
     config: RestoreConfig,
-    streams: Streams = "own",
+    streams: Streams = "unpruned",
     progress: bool = True,
 ) -> list[SharedFit]:
     """`shared_weights` of a model in memory, on its device; the model is only read."""
@@ -139,9 +139,16 @@ def record(
 
 
 def _load_base(base: Files) -> PreTrainedModel:
+    """The unpruned model in memory, in the dtype of its files.
+
+    Raises:
+        FileNotFoundError: if it has no safetensors.
+        ValueError: if a file is damaged, or the family has no elastic class.
+    """
     config_file = base.fetch(CONFIG_FILE)
     assert config_file is not None
+    elastic_class(empty_model(read_model_config(config_file.parent, label=base.label), label=base.label))
+    for filename in (*sorted(set(stored_tensors(base).values())), GENERATION_FILE):
+        base.fetch(filename)  # into the cache, from the endpoint and the commit that were asked for
     with odd_contents(f"the model of {base.label}"):
-        return AutoModelForCausalLM.from_pretrained(
-            str(base.source), revision=base.revision or "main", token=base.token, trust_remote_code=False, dtype="auto"
-        )
+        return AutoModelForCausalLM.from_pretrained(config_file.parent, trust_remote_code=False, dtype="auto")
