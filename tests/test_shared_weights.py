@@ -112,6 +112,7 @@ def test_one_level_alone_gets_the_weights_of_its_own_restoration(family: str, bl
         torch.testing.assert_close(fit.weight[:, keeps[fit.parameter]], expected, rtol=1e-2, atol=2e-3)
         before, after = fit.errors[0.4]
         assert after <= before * (1 + 1e-6)
+    trajectory.check_base(model)  # it was only read
 
 
 def test_full_width_alone_keeps_its_weights() -> None:

@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--streams",
         choices=("own", "unpruned"),
         default="unpruned",
-        help="fit to what the unpruned model makes of the text, one pass, or to what each level does (default: unpruned)",
+        help="inputs of the fit: those of the unpruned model, one pass, or of each level by itself (default: unpruned)",
     )
     parser.add_argument(
         "--full-apart",

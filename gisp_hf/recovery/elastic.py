@@ -267,7 +267,9 @@ class _Streams:
                     pair = sums.squared_error(), sums.squared_error(change)
                     errors[level] = _ratio(pair[0], reference), _ratio(pair[1], reference)
                 fit = self._fit(parameter, projection.weight.double() + change, errors)
-                projection.weight.copy_(fit.weight)
+                # a new parameter: the old one may be the unpruned model's own, which is only read
+                shared = fit.weight.to(device, projection.weight.dtype)
+                projection.weight = nn.Parameter(shared, requires_grad=False)
                 yield fit
             for level in self.weights:
                 hooks = [(name, _keep_inputs(self._mask(number, name, level))) for name in names]
