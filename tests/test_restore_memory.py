@@ -46,7 +46,7 @@ def test_peak_memory_is_a_fraction_of_the_model(tmp_path: Path) -> None:
     text = tmp_path / "words.txt"
     text.write_text("\n\n".join(tiny_tokenizer().decode(block["input_ids"]) for block in tiny_blocks(200, 32)))
     small, _ = save_run(tmp_path / "a")
-    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 40, "vocab_size": 256}
+    sizes = {"hidden_size": 384, "intermediate_size": 768, "num_hidden_layers": 60, "vocab_size": 256}
     large, size = save_run(tmp_path / "b", **sizes, head_dim=48)
     command = [sys.executable, "-c", MEASURE, str(small), str(large), str(text), str(tmp_path)]
     root = Path(__file__).resolve().parents[1]
@@ -55,4 +55,5 @@ def test_peak_memory_is_a_fraction_of_the_model(tmp_path: Path) -> None:
     peak = int(done.stdout.split()[-1])
     print(f"unpruned {size / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
     assert size > 300e6 and (tmp_path / "large" / "restoration.json").is_file()
+    # Two layers (12 MB), a Gram matrix and its solution (20 MB), and what the allocator keeps of freed ones.
     assert peak < size / 3

@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--blend",
         type=float,
         metavar="FRACTION",
-        help="target: 0 the unpruned projection's output, 1 the unpruned model's stream (default: by the sparsity)",
+        help="target: 0 the unpruned projection's output, 1 the unpruned model's stream (default: 0.5)",
     )
     parser.add_argument(
         "--ridge",

@@ -30,7 +30,7 @@ class RestoreConfig:
         default=None,
         metadata={
             "help": "The target: 0 is what the unpruned projection makes of the pruned model's stream, 1 is what takes "
-            "the stream back to that of the unpruned model. None: by the sparsity."
+            "the stream back to that of the unpruned model. None: `default_blend`."
         },
     )
     ridge: tuple[float, ...] = field(
@@ -79,5 +79,5 @@ def _names(data: str) -> str:
 
 
 def default_blend(sparsity: float) -> float:
-    """The blend of the smallest perplexity in ``recipes/restore_study.py``."""
+    """One half at every sparsity, until ``python -m recipes.restore_study`` shows a better rule."""
     return 0.5

@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers.utils import logging as progress_bars
 
 from gisp_hf.models.discovery import family_of
+from gisp_hf.models.fingerprint import tensor_checksum
 from gisp_hf.models.shards import add_over_ranks, all_ranks
 from gisp_hf.recovery.batches import Batch
 from gisp_hf.recovery.config import RestoreConfig
@@ -41,12 +42,20 @@ HELD_OUT = 10  # one sequence in so many is held out for the choice of the ridge
 
 @dataclass(frozen=True)
 class Fit:
-    """A restored weight, in the dtype in which the level stores it."""
+    """A restored weight, in the dtype in which the level stores it.
+
+    ``checksum``: the entry of this weight in a fingerprint (`gisp_hf.models.fingerprint.combine_checksums`).
+    """
 
     parameter: str
     weight: torch.Tensor
     error: LayerError
     tokens: int
+    checksum: tuple[str, tuple[int, ...], tuple[int, int]]
+
+    def without_weight(self) -> "Fit":
+        """The facts alone, which take no memory."""
+        return replace(self, weight=self.weight.new_empty(0))
 
 
 @torch.no_grad()
@@ -216,7 +225,8 @@ class _Work:
             before=_ratio(grams.squared_error(), float(reference)),
             after=_ratio(after, float(reference)),
         )
-        return Fit(parameter, weight.cpu(), error, tokens)
+        checksum = parameter, tuple(weight.shape), tensor_checksum(weight)
+        return Fit(parameter, weight.cpu(), error, tokens, checksum)
 
     # ---- targets -------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,9 @@ from gisp_hf.config import level_name
 from gisp_hf.data import Calibration
 from gisp_hf.levels.files import Files, empty_model, read_model_config
 from gisp_hf.levels.manifest import CHANGING_FILES, MANIFEST_FILE, check_manifest, write_manifest
-from gisp_hf.levels.materialize import load_tokenizer_of, materialize, open_base_of
+from gisp_hf.levels.materialize import load_tokenizer_of, load_trajectory, materialize, open_base_of
 from gisp_hf.levels.weights import FileWeights, overwrite_tensors
+from gisp_hf.models.shards import all_ranks
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.fit import Fit
@@ -59,10 +60,15 @@ def restore_level(
 
     Raises:
         FileExistsError: if ``output_dir`` exists.
-        FileNotFoundError, ValueError: as `gisp_hf.load_level`; also if the level is restored already.
+        FileNotFoundError, ValueError: as `gisp_hf.load_level`; also if the level is restored already, or several
+            processes call this.
         FloatingPointError: if something on the way is not finite. Nothing is written then.
     """
     output_dir = Path(output_dir)
+    if all_ranks() is not None:
+        raise ValueError(
+            "restore_level runs in one process; with several, restore the model in memory: gisp_hf.restore"
+        )
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     saved = Path(repo_or_folder) / level_name(sparsity)
@@ -72,10 +78,14 @@ def restore_level(
         if saved.is_dir():
             if is_restored(saved):
                 raise ValueError(f"{saved} is restored already; use it as it is, or restore from a run that is not")
-            trajectory = Trajectory.load(saved)
             check_manifest(saved)
-            base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
-            calibration = calibration or draw(config, load_tokenizer_of(base))  # before the weights, which take time
+            trajectory = Trajectory.load(saved)
+        else:
+            trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
+            trajectory.prefix(sparsity)  # refuses what lies beyond its end
+        base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
+        calibration = calibration or draw(config, load_tokenizer_of(base))  # before the weights, which take time
+        if saved.is_dir():
             shutil.copytree(saved, temporary, ignore=shutil.ignore_patterns(*CHANGING_FILES, MANIFEST_FILE, ".*"))
         else:
             materialize(
@@ -88,9 +98,6 @@ def restore_level(
                 token=token,
                 endpoint=endpoint,
             )
-            trajectory = Trajectory.load(temporary)
-            base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
-            calibration = calibration or draw(config, load_tokenizer_of(base))
         _restore_files(
             temporary,
             base,
@@ -143,7 +150,7 @@ def _restore_files(
     for fit in fits:
         filename, name = weights.places(fit.parameter)
         overwrite_tensors(folder / filename, {name: fit.weight})
-        found.append(fit)
+        found.append(fit.without_weight())
     record = record_of(
         found, shell, base_shell, config=config, provenance=calibration.provenance, facts=asdict(trajectory.base)
     )

@@ -13,7 +13,7 @@ from gisp_hf.levels.files import CONFIG_FILE, Files, empty_model, pin, read_mode
 from gisp_hf.levels.weights import FileWeights
 from gisp_hf.models import discover
 from gisp_hf.models.dtype import slow_factor
-from gisp_hf.models.fingerprint import fingerprint
+from gisp_hf.models.fingerprint import combine_checksums
 from gisp_hf.models.shards import is_sharded
 from gisp_hf.recovery.batches import Batch, batches_of
 from gisp_hf.recovery.config import RestoreConfig
@@ -220,7 +220,7 @@ def record_of(
         tokens=fits[0].tokens,
         errors=tuple(fit.error for fit in fits),
         changed=tuple(fit.parameter for fit in fits),
-        fingerprint=fingerprint((fit.parameter, fit.weight) for fit in fits),
+        fingerprint=combine_checksums(fit.checksum for fit in fits),
         calibration=provenance,
         base=facts or {},
     )
