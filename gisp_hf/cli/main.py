@@ -21,8 +21,8 @@ from gisp_hf.version import __version__
 COMMANDS: dict[str, ModuleType] = {
     "levels": levels,
     "materialize": materialize,
-    "elastic": elastic,
     "restore": restore,
+    "elastic": elastic,
     "push": push,
     "eval": evaluate,
     "card": card,
