@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from gisp_hf.cli import card, evaluate, export, levels, materialize, push, restore
+from gisp_hf.cli import card, elastic, evaluate, export, levels, materialize, push, restore
 from gisp_hf.cli.common import LOGIN, note
 from gisp_hf.hub import PushError
 from gisp_hf.version import __version__
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "levels": levels,
     "materialize": materialize,
     "restore": restore,
+    "elastic": elastic,
     "push": push,
     "eval": evaluate,
     "card": card,

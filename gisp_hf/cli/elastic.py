@@ -1,0 +1,92 @@
+"""``gisp-hf elastic``: one checkpoint for all levels of a run."""
+
+import argparse
+import json
+
+from gisp_hf.cli.common import REVISION_HELP, SOURCE_HELP, run_folder, say
+from gisp_hf.levels.elastic import FACTS_FILE
+from gisp_hf.recovery.config import RestoreConfig
+from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT
+from gisp_hf.recovery.elastic_file import write_elastic
+
+DESCRIPTION = (
+    "Write one checkpoint for all levels. A model that is loaded from it switches between levels at run time, without "
+    "copies; with --data all levels share output projections that are fitted to serve each of them."
+)
+EXAMPLE = "gisp-hf elastic runs/quickstart/iterative --data wikitext2:0.5,code.jsonl:0.5 --output elastic"
+DEFAULT = RestoreConfig()
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help=SOURCE_HELP)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist (required)")
+    parser.add_argument(
+        "--levels",
+        type=float,
+        nargs="+",
+        metavar="FRACTION",
+        help="sparsities to list and to fit for (default: those of the run); any other can be set at run time",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME",
+        help="calibration text of the shared output projections: a data set, a file, or a mixture such as "
+        "wikitext2:0.5,code.jsonl:0.5 (default: the base model's projections stay as they are)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", default=DEFAULT.tokens, help=f"of the text (default: {DEFAULT.tokens})"
+    )
+    parser.add_argument(
+        "--full-weight",
+        type=float,
+        metavar="W",
+        default=FULL_WEIGHT,
+        help=f"weight of the full width in the fit; each level has 1 (default: {FULL_WEIGHT:g})",
+    )
+    parser.add_argument(
+        "--streams",
+        choices=("own", "unpruned"),
+        default="unpruned",
+        help="inputs of the fit: those of the unpruned model, one pass, or of each level by itself (default: unpruned)",
+    )
+    parser.add_argument(
+        "--full-apart",
+        action="store_true",
+        help="also keep the base model's output projections, for full width; a larger file (default: do not)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=DEFAULT.seed, help="of the drawing (default: 0)")
+    parser.add_argument(
+        "--base-model",
+        metavar="ID_OR_FOLDER",
+        help="the unpruned model, on the Hub or in a folder, with safetensors (default: the one the trajectory names)",
+    )
+    parser.add_argument(
+        "--base-revision",
+        metavar="NAME",
+        help="branch, tag or commit of the base model (default: the one the trajectory names)",
+    )
+    parser.add_argument("--revision", metavar="NAME", help=REVISION_HELP)
+
+
+def run(options: argparse.Namespace) -> None:
+    config = None
+    if options.data is not None:
+        config = RestoreConfig(data=options.data, tokens=options.tokens, seed=options.seed)
+    folder = write_elastic(
+        run_folder(options.source),
+        options.output,
+        levels=options.levels,
+        config=config,
+        weights={FULL: options.full_weight},
+        streams=options.streams,
+        full_apart=options.full_apart,
+        base_model=options.base_model,
+        base_revision=options.base_revision,
+        revision=options.revision,
+    )
+    say(f"{folder}: load it with AutoModelForCausalLM.from_pretrained, then model.set_sparsity(0.37) or any other")
+    if (folder / FACTS_FILE).is_file():
+        errors = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["errors"]
+        for level, (before, after) in errors.items():
+            name = "full width" if float(level) == FULL else f"{float(level):.0%}"
+            say(f"{name}: mean relative error of the projections {before:.3f} -> {after:.3f}")

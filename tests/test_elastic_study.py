@@ -1,0 +1,50 @@
+"""The study of elastic checkpoints on a tiny model and tiny texts: everything but the size is real."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from gisp_hf.evaluation import perplexity
+from recipes import demo_data, elastic_study, restore_study
+from recipes.demo_data import held_out_tokens, load_domain
+from tests.test_materialize import random_trajectory
+from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def words(seed: int, low: int, high: int) -> str:
+    numbers = torch.randint(low, high, (300,), generator=torch.Generator().manual_seed(seed))
+    return " ".join(f"w{number}" for number in numbers.tolist())
+
+
+@pytest.mark.slow
+def test_numbers_are_those_of_the_models(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    bounds = {"wikipedia": (4, 40), "news": (20, 60), "code": (40, 64)}
+    texts = {name: [words(seed, *bounds[name]) for seed in range(8)] for name in bounds}
+    for name in bounds:
+        monkeypatch.setitem(demo_data.DOMAINS, name, lambda name=name: texts[name])
+    monkeypatch.setattr(elastic_study, "load_smollm2", lambda dtype: (tiny_model(), tiny_tokenizer()))
+    monkeypatch.setattr(elastic_study, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(elastic_study, "WINDOW", 64)
+    monkeypatch.setattr(restore_study, "BLOCK", 16)
+    tiny_model().save_pretrained(tmp_path / "base")
+    random_trajectory(tiny_model(), tmp_path / "base").save(tmp_path / "run")
+    command = ["--run", str(tmp_path / "run"), "--base", str(tmp_path / "base"), "--work", str(tmp_path / "work")]
+    command += ["--output-dir", str(tmp_path / "results"), "--evaluation-tokens", "256", "--tokens", "192"]
+    command += ["--widths", "0", "0.4", "--new-tokens", "4"]
+    for streams in ("none", "unpruned", "own"):
+        elastic_study.main([*command, "--streams", streams])
+    files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
+    assert files.keys() == {"unrestored", "unpruned-192-full12", "own-192-full12-blend0.5"}
+    ids = held_out_tokens(load_domain("news").held_out, tiny_tokenizer(), count=256)
+    assert files["unrestored"]["0 news"] == pytest.approx(perplexity(tiny_model(), ids, window=64))
+    for facts in files.values():
+        assert facts["drafting"]["same_text"] and 0 <= facts["drafting"]["acceptance"] <= 1
+        assert facts["drafting"]["new_tokens"] == 4
+    assert files["own-192-full12-blend0.5"]["fit"]["errors"]["0.5"][1] > 0
+    assert "geometric mean" in capsys.readouterr().out
+    elastic_study.main([*command, "--streams", "none"])  # everything is there
+    assert "unrestored 0 news:" not in capsys.readouterr().out
