@@ -9,11 +9,12 @@ from gisp_hf import deprecated
 from gisp_hf.config import GISPConfig
 from gisp_hf.levels.materialize import load_level
 from gisp_hf.models import FAMILIES
+from gisp_hf.models.wrapped import scoring_only
 from gisp_hf.pruner import GISPPruner, prune
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.version import __version__
 
-__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__", "load_level", "prune"]
+__all__ = ["GISPConfig", "GISPPruner", "Trajectory", "__version__", "load_level", "prune", "scoring_only"]
 
 deprecated.install()
 

@@ -12,6 +12,7 @@ from gisp_hf.evaluation.stage import Evaluate, Measure
 from gisp_hf.hub import PushReport
 from gisp_hf.hub.stage import Publish
 from gisp_hf.levels.stage import Save
+from gisp_hf.levels.unpruned import Unpruned
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.training.callback import PruningCallback, move_before_trackers
 from gisp_hf.training.resume import newest_checkpoint, set_aside_broken
@@ -50,7 +51,8 @@ class GISPPruner(PruningCallback):
         hub_private: whether a new repository is private.
         hub_token: one that may write there; the one you are logged in with if None.
         hub_replace: overwrite a repository that holds another run; refused otherwise.
-        base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None.
+        base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None. Of a quantized
+            model, or one with PEFT adapters: the id or folder of the unquantized checkpoint, which levels are cut from.
         base_revision: the commit of that model; if None, the one in the Hub cache, where there is just one.
         calibration: facts about the calibration data, for the record.
 
@@ -89,6 +91,7 @@ class GISPPruner(PruningCallback):
     ) -> None:
         config = config or GISPConfig()
         find_method(config.method)
+        unpruned = Unpruned(base_model, base_revision)
         measured = [] if evaluate is None else [Measure(evaluate)]
         self._publish = (
             None
@@ -98,7 +101,7 @@ class GISPPruner(PruningCallback):
         super().__init__(
             config,
             output_dir,
-            stages=[Save(), *measured, *stages, *([self._publish] if self._publish else [])],
+            stages=[Save(unpruned), *measured, *stages, *([self._publish] if self._publish else [])],
             shrink=shrink,
             layer_passes=layer_passes,
             chunk_tokens=chunk_tokens,
@@ -106,6 +109,7 @@ class GISPPruner(PruningCallback):
             base_revision=base_revision,
             hide_path=hub_model_id is not None,  # what is pushed should not tell where a base lay on this machine
             calibration=calibration,
+            identify_files=unpruned.identify,
         )
 
     @property

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from huggingface_hub.utils import _http, get_session, httpx
 from torch import nn
 from transformers import TrainerCallback
@@ -44,6 +45,14 @@ def handler_of(callback: TrainerCallback) -> CallbackHandler | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as the second forward pass of activation checkpointing is.
+
+    torch 2.13: ``torch.utils.checkpoint`` asks the same function, and there is no public one.
+    """
+    return torch._C._current_graph_task_id() != -1
 
 
 def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:

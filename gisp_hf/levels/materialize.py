@@ -102,7 +102,7 @@ def load_level(
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     level = _up_to(trajectory, sparsity, channel_multiple)
     base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
-    model = _cut(level, base, dtype)
+    model = cut_level(level, base, dtype)
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
@@ -139,7 +139,7 @@ def materialize(
     level = _up_to(trajectory, sparsity, channel_multiple)
     base = _open_base(level, Files(base_model or level.base.id, base_revision, token, endpoint))
     tokenizer = _load_tokenizer(base)  # before the weights, which take time
-    model = _cut(level, base, dtype)
+    model = cut_level(level, base, dtype)
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
 
 
@@ -183,7 +183,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     )
 
 
-def _cut(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTrainedModel:
+def cut_level(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model at the end of ``level``, with the weights of ``base``."""
     config_file = base.fetch("config.json")
     assert config_file is not None
@@ -244,7 +244,7 @@ def _read_weights(
     weights: dict[str, torch.Tensor] = {}
     checksums: list[tuple[str, tuple[int, ...], tuple[int, int]]] = []
     with logging.tqdm(total=len(shapes), desc="Cutting weights") as progress:
-        for filename, names in _names_by_file(base, dense, shapes).items():
+        for filename, names in names_by_file(base, dense, shapes).items():
             with base.opened(filename) as file:
                 if not weights:
                     dtype = dtype or file.get_slice(names[0][0])[:1].dtype
@@ -265,7 +265,7 @@ def _read_weights(
     return weights
 
 
-def _names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+def names_by_file(base: Files, dense: PreTrainedModel, names: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
     """File -> (name in the file, name in the model) of every parameter."""
     stored_in = _stored_tensors(base)
     # Of tied weights a checkpoint holds any one; named_parameters lists them once, under the name of the source.
@@ -295,17 +295,27 @@ def _stored_tensors(base: Files) -> dict[str, str]:
     return read_weight_map(index_file, label=base.label)
 
 
-@torch.no_grad()
-def _read_one(
-    file: Any, stored: str, *, into: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
-) -> tuple[int, int]:
-    """Reads one tensor, leaves in ``into`` what is kept of it, and returns the checksum of all of it."""
+def read_tensor(file: Any, stored: str, *, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of an open file, which must be in floating point and of this shape.
+
+    Raises:
+        ValueError: if it is not.
+    """
     found = tuple(file.get_slice(stored).get_shape())
     if found != shape:
         raise ValueError(f"{stored} has shape {found} in the checkpoint, its config says {shape}")
     tensor = file.get_tensor(stored)
     if not tensor.is_floating_point():
         raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
+    return tensor
+
+
+@torch.no_grad()
+def _read_one(
+    file: Any, stored: str, *, into: torch.Tensor, shape: tuple[int, ...], cut: Cut | None
+) -> tuple[int, int]:
+    """Reads one tensor, leaves in ``into`` what is kept of it, and returns the checksum of all of it."""
+    tensor = read_tensor(file, stored, shape=shape)
     checksum = tensor_checksum(tensor)
     into.copy_(tensor if cut is None else slice_tensor(tensor, cut))
     return checksum

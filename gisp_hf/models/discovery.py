@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection
 from gisp_hf.models.layout import KINDS, Block, Layout, Member
+from gisp_hf.models.wrapped import bare_model, is_plain, plain_shell
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -30,10 +31,15 @@ def family_of(model: PreTrainedModel) -> Family:
 def discover(model: PreTrainedModel) -> Layout:
     """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
 
+    Of a quantized model, or one with PEFT adapters: the blocks of the same model without them.
+
     Raises:
         ValueError: if no family fits, or the sizes of a layer contradict each other.
     """
+    model = bare_model(model)
     family = family_of(model)
+    if not is_plain(model):
+        model = plain_shell(model)
     layers = model.get_submodule(family.layers)
     numbered = list(enumerate(layers.children()))
     blocks = tuple(

@@ -1,15 +1,16 @@
 """The work of pruning: sums of a criterion in, structures out. No I/O, no loop, no Trainer."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from gisp_hf.config import GISPConfig
 from gisp_hf.criteria.base import Criterion, Sums
+from gisp_hf.models.gates import Gates
 from gisp_hf.models.layout import Layout
 from gisp_hf.models.shards import add_over_ranks, all_ranks, shard_group
 from gisp_hf.models.surgery import slice_structures, zero_structures
@@ -55,6 +56,8 @@ class Engine:
         shrink: slice structures out, so that later passes cost less; otherwise set them to zero. Both give the same
             removal order, up to structures whose scores differ by less than the rounding of the forward pass.
         layer_passes: into how many parts the scored layers are split, each with a pass over the data of its own.
+        gates: set activations to zero in place of weights (`gisp_hf.models.gates`), inside `watch`; not with
+            ``shrink``. For weights that cannot be changed. The same removal order again.
 
     Attributes:
         order: per block, the removal order so far, int32 of shape ``(block.size,)``; -1 = still there.
@@ -65,8 +68,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, config: GISPConfig, *, shrink: bool = True, layer_passes: int = 1
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        config: GISPConfig,
+        *,
+        shrink: bool = True,
+        layer_passes: int = 1,
+        gates: bool = False,
     ) -> None:
+        assert not (shrink and gates)
         self.method = find_method(config.method)
         check_reachable(layout, config)
         self.model = model
@@ -75,6 +86,7 @@ class Engine:
         self.config = config
         self.criterion: Criterion = self.method.criterion()
         self.shrink = shrink
+        self.gates = Gates(layout) if gates else None
         self.minimum = minimum_kept(layout, config)
         self.order = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
         self.length = 0  # structures in the order so far
@@ -115,9 +127,14 @@ class Engine:
         """The fraction of the decoder layers' parameters that is gone."""
         return self.removed_parameters / self.layout.total
 
-    def watch(self, *, micro_batches: int = 0) -> AbstractContextManager[Any]:
-        """Lets the criterion look at the model, until the context ends."""
-        return self.criterion.watch(self.model, self.now, micro_batches=micro_batches)
+    @contextmanager
+    def watch(self, *, micro_batches: int = 0) -> Iterator[None]:
+        """Lets the criterion look at the model, and gates be shut, until the context ends."""
+        with ExitStack() as stack:
+            if self.gates is not None:  # before the criterion, which then sees the zeros
+                stack.enter_context(self.gates.attached(self.model))
+            stack.enter_context(self.criterion.watch(self.model, self.now, micro_batches=micro_batches))
+            yield
 
     def accumulate(self, layer_pass: int = 0) -> None:
         """Turns the criterion's sums of one pass into scores.
@@ -151,6 +168,9 @@ class Engine:
         else:
             group = all_ranks()
         names, parts = list(sums), add_over_ranks(list(sums.values()), group)
+        if self.criterion.needs == "activation_gradients" and group is not None:
+            # A loss is scaled up by the number of processes, for the mean over them that parameters' gradients get.
+            parts = [part / dist.get_world_size(group) for part in parts]
         if parts:
             counts = torch.stack([(~part.isfinite()).sum() for part in parts])
             if counts.any():  # one wait for the device, not one per tensor
@@ -217,7 +237,10 @@ class Engine:
             counts[block.kind] += int(mask.sum())
         if not any(counts.values()):
             return counts
-        if self.shrink:
+        if self.gates is not None:
+            for number, mask in enumerate(fresh):
+                self.gates.shut(number, mask.nonzero().squeeze(1))
+        elif self.shrink:
             kept = [(~mask)[~gone].nonzero().squeeze(1) for mask, gone in zip(fresh, self.gone)]
             reduced = self.now.reduced(kept)
             slice_structures(self.model, self.now, kept)

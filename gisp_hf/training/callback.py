@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +16,15 @@ from transformers.trainer_callback import CallbackHandler
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.losses.chunked import ChunkedLoss
 from gisp_hf.models import discover, family_of
-from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.layout import kind_of
 from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.models.surgery import as_pruned_model
+from gisp_hf.models.wrapped import bare_model, is_plain
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
+from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.checks import check_arguments, check_model, check_run_length
+from gisp_hf.training.checks import check_arguments, check_model, check_run_length, warn_of_slow_dtype
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
 from gisp_hf.training.identity import identify
 from gisp_hf.training.mode import CalibrationMode
@@ -57,6 +58,7 @@ class PruningCallback(TrainerCallback):
         base_revision: str | None,
         hide_path: bool,
         calibration: dict[str, Any] | None,
+        identify_files: Callable[..., Base] | None = None,
     ) -> None:
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -69,6 +71,7 @@ class PruningCallback(TrainerCallback):
         self.calibration = calibration or {}
         self.levels: dict[float, Level] = {}
         self._hide_path = hide_path
+        self._identify_files = identify_files  # of the unquantized checkpoint, for a model that has gates
         self._engine: Engine | None = None
         self._mode: CalibrationMode | None = None
         self._use_cache: bool | None = None
@@ -162,7 +165,7 @@ class PruningCallback(TrainerCallback):
         with self._giving_back():
             self._score(step, layer_pass, model)
             if layer_pass == self.layer_passes - 1:
-                self._remove(step, args, state, model)
+                self._remove(step, args, state, bare_model(model))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -247,11 +250,13 @@ class PruningCallback(TrainerCallback):
             use_cache: of the model's config, before the Trainer changes it; None if that is not known.
         """
         check_arguments(args)
-        check_model(model)
-        wrapped = is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
+        check_model(model, find_method(self.config.method).criterion().needs)
+        gates, model = not is_plain(model), bare_model(model)
+        wrapped = gates or is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:
             raise ValueError(
-                "shrink=True needs a single process, without torch_compile and launcher; None lets zeros stay"
+                "shrink=True needs a single process, without torch_compile, launcher, quantization and adapters; None "
+                "lets zeros stay"
             )
         if self.layer_passes > 1 and is_distributed(args) and not uses_fsdp(args):
             raise ValueError(
@@ -259,7 +264,9 @@ class PruningCallback(TrainerCallback):
                 "use FSDP2, a single process, or layer_passes=1"
             )
         shrink = not wrapped if self.shrink is None else self.shrink
-        self._engine = Engine(model, discover(model), self.config, shrink=shrink, layer_passes=self.layer_passes)
+        self._engine = Engine(
+            model, discover(model), self.config, shrink=shrink, layer_passes=self.layer_passes, gates=gates
+        )
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
             self._mode = CalibrationMode(model)
@@ -277,6 +284,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, *, dataloader: Any, tokenizer: Any
     ) -> None:
         """Refuses what only the data and the folders show, then puts the model in the state of a run."""
+        model = bare_model(model)
         if self._mode is None:
             self._mode = CalibrationMode(model)
             self._mode.freeze_all_but(self._trained_parameters(model))
@@ -291,17 +299,14 @@ class PruningCallback(TrainerCallback):
         self.shared_dir = self.output_dir is None or self.output_dir == Path(str(args.output_dir))
         self.output_dir = self.output_dir or Path(str(args.output_dir))
         before = self._load_checkpoint(args, state, model) if resumed else None
-        self._base = (
-            before.base
-            if before is not None
-            else identify(model, name=self.base_model, revision=self.base_revision, hide_path=self._hide_path)
-        )
+        self._base = self._find_base(model, before)
         run = Run(
             output_dir=self.output_dir,
             shared_dir=self.shared_dir,
             main_process=state.is_world_process_zero,
             resumed=resumed,
             sliced=self.engine.shrink,
+            gated=self.engine.gates is not None,
             sharded=is_sharded(model.parameters()),
             use_cache=True if self._use_cache is None else self._use_cache,
             tokenizer=tokenizer,
@@ -312,7 +317,7 @@ class PruningCallback(TrainerCallback):
         if before is not None:
             self._restore(before, model)
         if state.is_world_process_zero:
-            _warn_of_slow_dtype(model)
+            warn_of_slow_dtype(model)
         mode.switch_off_dropout()
         clipped = mode.switch_off_clipping(args)
         if clipped and state.is_world_process_zero:
@@ -321,6 +326,15 @@ class PruningCallback(TrainerCallback):
             self._chunked = mode.enter(ChunkedLoss(model, self.chunk_tokens))
         micro_batches = 0 if is_distributed(args) else args.gradient_accumulation_steps
         mode.enter(self.engine.watch(micro_batches=micro_batches))
+
+    def _find_base(self, model: PreTrainedModel, before: Trajectory | None) -> Base:
+        """The base of this run, which is that of ``before``, the trajectory of a checkpoint."""
+        if self.engine.gates is not None and self._identify_files is not None:
+            expected = None if before is None else before.base
+            return self._identify_files(model, self.engine.layout, hide_path=self._hide_path, expected=expected)
+        if before is not None:
+            return before.base
+        return identify(model, name=self.base_model, revision=self.base_revision, hide_path=self._hide_path)
 
     def _score(self, step: int, layer_pass: int, model: nn.Module) -> None:
         try:
@@ -436,7 +450,8 @@ class PruningCallback(TrainerCallback):
             raise ValueError(
                 f"the checkpoint {folder} was made with another GISPConfig or model; resume with {before.config}"
             )
-        if not is_sharded(model.parameters()):  # the Trainer has loaded the zeros into a sharded model already
+        # The Trainer has loaded the zeros into a sharded model already; quantized weights are not the base's.
+        if not is_sharded(model.parameters()) and self.engine.gates is None:
             before.check_base(model)
         for sparsity in self.config.sparsity_levels:
             reached = before.highest_sparsity() >= sparsity - 1e-9
@@ -461,17 +476,6 @@ def move_before_trackers(callback: TrainerCallback, handler: CallbackHandler | N
     if handler is not None:
         handler.callbacks.remove(callback)
         handler.callbacks.insert(1, callback)  # after DefaultFlowCallback, which decides what is logged
-
-
-def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
-    factor = slow_factor(model.dtype, model.device)
-    if factor > 2:
-        logger.warning(
-            "%s products run %.0f times slower than float32 ones on this processor; load the model with "
-            "dtype=torch.float32",
-            str(model.dtype).removeprefix("torch."),
-            factor,
-        )
 
 
 def _describe_sliced(model: PreTrainedModel, engine: Engine) -> None:

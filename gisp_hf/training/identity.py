@@ -25,11 +25,11 @@ def identify(model: PreTrainedModel, *, name: str | None, revision: str | None, 
     if hide_path and Path(name).is_dir():
         name = Path(name).resolve().name
     return Base(
-        id=name, revision=revision or _cached_commit(name), fingerprint=model_fingerprint(plain_parameters(model))
+        id=name, revision=revision or cached_commit(name), fingerprint=model_fingerprint(plain_parameters(model))
     )
 
 
-def _cached_commit(model_id: str) -> str | None:
+def cached_commit(model_id: str) -> str | None:
     """The one commit of a Hub model whose weights are in the cache.
 
     A model does not know the revision that it was loaded in. With several in the cache, none is recorded: a wrong one
