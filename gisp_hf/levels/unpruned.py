@@ -43,7 +43,7 @@ class Unpruned:
             FileNotFoundError: if there is no such checkpoint, or no safetensors in it.
             ValueError: if it is quantized, of another model, or not the ``expected`` one.
         """
-        name = self.name or model.name_or_path
+        name = self.name or str(model.name_or_path)
         files, dense = _open(name, self.revision or cached_commit(name), layout=layout)
         fingerprint = _fingerprint(files, dense, model)
         if expected is not None and expected.fingerprint != fingerprint:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 def bare_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model that PEFT has wrapped; adapters stay inside its layers. Any other model is returned as it is."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def has_adapters(model: PreTrainedModel | PeftModel) -> bool:
@@ -76,4 +76,4 @@ def scoring_only(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.is_quantized = quantized
+        model.is_quantized = quantized  # type: ignore[assignment]

@@ -37,7 +37,7 @@ from gisp_hf.training.resume import (
     set_aside_broken,
 )
 from gisp_hf.training.stages import Level, Run, Stage
-from gisp_hf.upstream import handler_of
+from gisp_hf.upstream import differentiable_4bit, handler_of
 
 logger = logging.getLogger(__name__)
 
@@ -325,6 +325,7 @@ class PruningCallback(TrainerCallback):
         if self.chunk_tokens is not None:
             self._chunked = mode.enter(ChunkedLoss(model, self.chunk_tokens))
         micro_batches = 0 if is_distributed(args) else args.gradient_accumulation_steps
+        mode.enter(differentiable_4bit(model))
         mode.enter(self.engine.watch(micro_batches=micro_batches))
 
     def _find_base(self, model: PreTrainedModel, before: Trajectory | None) -> Base:
