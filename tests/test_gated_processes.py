@@ -98,12 +98,11 @@ def test_a_model_spread_over_devices_gives_the_order_of_one(one_batch, tmp_path)
     assert_equal_orders(found.trajectory, one_batch.trajectory)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gisp-activation", "wanda-sp", "flap", "second-order"])
 def test_checkpointed_layers_count_each_token_once(method) -> None:
     plain = tiny_model(num_hidden_layers=3)
     twice = copy.deepcopy(plain)
-    twice.gradient_checkpointing_enable({"use_reentrant": False})
+    twice.activation_checkpointing_enable({"use_reentrant": False})
     twice.enable_input_require_grads()  # as PEFT does it: layers run again in the backward pass
     forwards: list[int] = []
     twice.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda *_: forwards.append(1))
@@ -126,7 +125,7 @@ def test_checkpointing_drops_the_watched_inputs() -> None:
     """Inputs are held by the backward pass alone, which checkpointing replaces: no tensor of a layer outlives it."""
     model = tiny_model(num_hidden_layers=3).requires_grad_(False)
     model.model.norm.weight.requires_grad_()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     engine = Engine(model, discover(model), tiny_config(method="gisp-activation"), shrink=False)
     model.train()
     saved: list[torch.Size] = []

@@ -12,6 +12,7 @@ ORDER = [
     *("version", "atomic", "deprecated", "untrusted", "upstream"),
     "data.records",
     "losses",
+    "models.fingerprint",
     "data",
     "models",
     "criteria",
