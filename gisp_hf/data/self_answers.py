@@ -83,7 +83,7 @@ class AnsweredPrompts(Dataset):
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return {"input_ids": self.rows[index].input_ids, "labels": self.rows[index].labels}
 
-    def answer(self, model: PreTrainedModel, **facts: Any) -> None:
+    def answer(self, model: PreTrainedModel, /, **facts: Any) -> None:
         """Lets ``model`` answer all prompts, and takes these answers in the place of those before.
 
         Args:
