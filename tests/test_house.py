@@ -87,6 +87,7 @@ def test_the_callback_knows_when_alone() -> None:
 
 def test_maths_stays_free_of_hugging_face() -> None:
     for name in (
+        "models/gates",
         "models/layout",
         "models/fingerprint",
         "criteria/base",
