@@ -251,7 +251,7 @@ def _to_4bit(model: PreTrainedModel) -> PreTrainedModel:
             weight = torch.randn(weight.shape, device=device, dtype=dtype) * 0.02
         shape = (module.in_features, module.out_features)
         four = bnb.nn.Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
-        four.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4").to(device)
+        four.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(model.model.layers.get_submodule(owner), leaf, four)
     rest = [(name, p) for name, p in model.named_parameters() if p.is_meta]

@@ -126,7 +126,8 @@ def test_checkpointing_drops_the_watched_inputs() -> None:
     model = tiny_model(num_hidden_layers=3).requires_grad_(False)
     model.model.norm.weight.requires_grad_()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    engine = Engine(model, discover(model), tiny_config(method="gisp-activation"), shrink=False)
+    config = tiny_config(method="gisp-activation", sparsity_levels=(0.2,))
+    engine = Engine(model, discover(model), config, shrink=False)
     model.train()
     saved: list[torch.Size] = []
     with engine.watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
