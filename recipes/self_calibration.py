@@ -129,7 +129,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(row.input_ids) for row in own.rows)
     text = wikipedia(options.model, tokenizer, tokens=tokens, count=len(own))
     dense = loss_on(model, target, tokenizer)
-    rows: list[dict[str, Any]] = [{"method": "", "calibration": "dense model", "loss": dense}]
+    rows: list[dict[str, Any]] = [{"method": "", "calibration": "dense model", "loss": dense, "above": 0.0}]
     for method in options.methods:
         config = GISPConfig(
             method=method, sparsity_levels=(options.sparsity,), num_steps=options.steps, channel_multiple=1
