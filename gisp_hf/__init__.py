@@ -9,6 +9,7 @@ from gisp_hf import deprecated
 from gisp_hf.config import GISPConfig
 from gisp_hf.levels.materialize import load_level
 from gisp_hf.models import FAMILIES
+from gisp_hf.models.wrapped import scoring_only
 from gisp_hf.pruner import GISPPruner, prune
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.config import RestoreConfig
@@ -27,6 +28,7 @@ __all__ = [
     "prune",
     "restore",
     "restore_level",
+    "scoring_only",
 ]
 
 deprecated.install()

@@ -12,6 +12,7 @@ from gisp_hf.evaluation.stage import Evaluate, Measure
 from gisp_hf.hub import PushReport
 from gisp_hf.hub.stage import Publish
 from gisp_hf.levels.stage import Save
+from gisp_hf.levels.unpruned import Unpruned
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.stage import Restore
@@ -57,7 +58,8 @@ class GISPPruner(PruningCallback):
         hub_private: whether a new repository is private.
         hub_token: one that may write there; the one you are logged in with if None.
         hub_replace: overwrite a repository that holds another run; refused otherwise.
-        base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None.
+        base_model: the id of the model that is pruned, for the record; its ``name_or_path`` if None. Of a quantized
+            model, or one with PEFT adapters: the id or folder of the unquantized checkpoint, which levels are cut from.
         base_revision: the commit of that model; if None, the one in the Hub cache, where there is just one.
         calibration: facts about the calibration data, for the record.
 
@@ -98,6 +100,7 @@ class GISPPruner(PruningCallback):
         if not isinstance(config, GISPConfig):
             config = GISPConfig.from_dict(dict(config or {}))
         find_method(config.method)
+        unpruned = Unpruned(base_model, base_revision)
         measured = [] if evaluate is None else [Measure(evaluate)]
         then: list[Stage] = [*measured, *stages]
         if restore is not None:
@@ -110,7 +113,7 @@ class GISPPruner(PruningCallback):
         super().__init__(
             config,
             output_dir,
-            stages=[Save(), *then, *([self._publish] if self._publish else [])],
+            stages=[Save(unpruned), *then, *([self._publish] if self._publish else [])],
             shrink=shrink,
             layer_passes=layer_passes,
             chunk_tokens=chunk_tokens,
@@ -118,6 +121,7 @@ class GISPPruner(PruningCallback):
             base_revision=base_revision,
             hide_path=hub_model_id is not None,  # what is pushed should not tell where a base lay on this machine
             calibration=calibration,
+            identify_files=unpruned.identify,
         )
         self.restoration = None if restore is None else restore.to_dict()
 

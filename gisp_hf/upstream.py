@@ -69,6 +69,35 @@ def add_to_notebook(handler: CallbackHandler | None, columns: Mapping[str, Any])
             tracker.write_line = lambda values, tracker=tracker, write=write: write(tracker, {**values, **columns})
 
 
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass, as the second forward pass of activation checkpointing is.
+
+    torch 2.13: ``torch.utils.checkpoint`` asks the same function, and there is no public one.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+@contextmanager
+def differentiable_4bit(model: nn.Module) -> Iterator[None]:
+    """Keeps 4-bit layers of bitsandbytes in the format that gradients go through.
+
+    bitsandbytes 0.50: on a CPU with AVX512-BF16, a forward pass in evaluation mode without gradients changes the
+    weights to another format, for good. A backward pass then gives wrong gradients and no error. Only writing a state
+    dict changes them back.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    modules = [module for module in model.modules() if getattr(module, flag, False)]
+    try:
+        for module in modules:
+            setattr(module, flag, False)
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()
+        yield
+    finally:
+        for module in modules:
+            setattr(module, flag, True)
+
+
 def add_request_hook(hook: Callable[[httpx.Request], None]) -> None:
     """Calls ``hook`` with every request of huggingface_hub before it is sent; adding it twice changes nothing.
 

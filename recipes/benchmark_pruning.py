@@ -7,9 +7,10 @@
     matrices, so that the last step costs what the first one did.
 (b) "gisp_hf" is a Trainer with GISPPruner: no gradient where nothing is scored, each gradient scored and freed as soon
     as it is complete, structures sliced out as it goes, and the loss taken a few tokens at a time.
+(c) "activation" is (b) with method="gisp-activation": no gradient of any weight of a layer. It ranks by another score.
 
 Each runs in a process of its own, so that peaks of memory do not mix. Memory is the peak of the process over what it
-held before the model was loaded (on a GPU: the peak that torch allocated). Prints the ratios (b) / (a).
+held before the model was loaded (on a GPU: the peak that torch allocated). Prints the ratios to (a).
 """
 
 import argparse
@@ -109,6 +110,9 @@ def prune_masked(model: PreTrainedModel, data: list[dict[str, Any]], *, config: 
     return order, seconds
 
 
+SIDES = {"masked": "gisp", "gisp_hf": "gisp", "activation": "gisp-activation"}  # side -> method
+
+
 class _Clock(TrainerCallback):
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -184,7 +188,7 @@ def child(side: str, options: argparse.Namespace) -> None:
     model, data = load(
         options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
     )
-    config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,))
+    config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,), method=SIDES[side])
     parts: dict[str, float] = {}
     if side == "masked":
         order, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
@@ -210,9 +214,9 @@ def _resident() -> int:
 
 
 def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    """Runs both sides one after the other and puts them side by side."""
+    """Runs all sides one after the other and puts them side by side."""
     results = {}
-    for side in ("masked", "gisp_hf"):
+    for side in SIDES:
         print(f"running {side} ...", flush=True)
         command = [sys.executable, "-m", "recipes.benchmark_pruning", *argv, "--side", side]
         run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -221,16 +225,15 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             raise RuntimeError(f"{side} failed with exit code {run.returncode}; see its output above")
         results[side] = json.loads(lines[0].removeprefix("RESULT "))
     masked, ours = results["masked"], results["gisp_hf"]
-    gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in (masked, ours)]
+    gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in results.values()]
+    activation = {**_ratios(results["activation"], masked), "removed": len(gone[2]), "shared": len(gone[0] & gone[2])}
     summary = {
         "steps": options.steps,
-        "time_ratio": sum(ours["seconds"]) / sum(masked["seconds"]),
-        "first_step_ratio": ours["seconds"][0] / masked["seconds"][0],
-        "last_step_ratio": ours["seconds"][-1] / masked["seconds"][-1],
-        "memory_ratio": ours["peak"] / masked["peak"],
+        **_ratios(ours, masked),
         "removed": len(gone[0]),
         "removed_differently": len(gone[0] ^ gone[1]) // 2,
         "same_order": masked["order"] == ours["order"],
+        "activation": activation,
     }
     rows = [
         {
@@ -249,9 +252,23 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         f"{summary['memory_ratio']:.2f} of the masked run; {summary['removed']:,} structures removed, "
         f"{summary['removed_differently']} of them other ones; same order: {summary['same_order']}"
     )
+    print(
+        f"activation: time {activation['time_ratio']:.2f}, last step {activation['last_step_ratio']:.2f}, memory "
+        f"{activation['memory_ratio']:.2f} of the masked run; {activation['removed']:,} structures removed, "
+        f"{activation['shared']:,} of them also by the masked run"
+    )
     parts = [{"part": name, "seconds": seconds} for name, seconds in ours["parts"].items()]
     print("\n" + format_table(parts, {"part": "gisp_hf, part", "seconds": "s"}))
     return summary | {"rows": rows, "parts": ours["parts"]}
+
+
+def _ratios(side: dict[str, Any], masked: dict[str, Any]) -> dict[str, float]:
+    return {
+        "time_ratio": sum(side["seconds"]) / sum(masked["seconds"]),
+        "first_step_ratio": side["seconds"][0] / masked["seconds"][0],
+        "last_step_ratio": side["seconds"][-1] / masked["seconds"][-1],
+        "memory_ratio": side["peak"] / masked["peak"],
+    }
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -263,9 +280,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=8, help="calibration blocks in each step")
     parser.add_argument("--block-length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--batch-size", type=int, default=8, help="blocks in a forward pass")
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="of the loss in (b); 0 for the model's own")
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=256, help="of the loss in (b) and (c); 0 for the model's own"
+    )
     parser.add_argument("--output", type=Path, help="write the summary there as JSON")
-    parser.add_argument("--side", choices=["masked", "gisp_hf"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 
 from gisp_hf import GISPPruner, RestoreConfig, prune
 from tests.runs import make_trainer, tiny_config
-from tests.tiny import tiny_model
+from tests.tiny import tiny_blocks, tiny_model
 
 
 class CountSyncs(TrainerCallback):
@@ -28,11 +28,13 @@ class CountSyncs(TrainerCallback):
     def __init__(self) -> None:
         self.passes = 0
         self.backward = 0
+        self.elements = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         def hook(_, bucket):
             self.passes += bucket.is_last()
-            future = dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True).get_future()
+            self.elements += bucket.buffer().numel()
+            future = ALL_REDUCE(bucket.buffer() / dist.get_world_size(), async_op=True).get_future()
             return future.then(lambda done: done.value()[0])
 
         self.trainer.model_wrapped.register_comm_hook(None, hook)
@@ -42,6 +44,31 @@ class CountSyncs(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.backward += 1
+
+
+ALL_REDUCE = dist.all_reduce
+
+
+def record_traffic() -> dict[str, list[int]]:
+    """Numbers in each all-reduce and reduce-scatter from now on, but for those of DDP's hook."""
+    traffic: dict[str, list[int]] = {"all_reduce": [], "reduce_scatter": []}
+    scatter = dist.reduce_scatter_tensor
+
+    def all_reduce(tensor, *args, **kwargs):
+        traffic["all_reduce"].append(tensor.numel())
+        return ALL_REDUCE(tensor, *args, **kwargs)
+
+    def reduce_scatter_tensor(output, input, *args, **kwargs):
+        traffic["reduce_scatter"].append(input.numel())
+        return scatter(output, input, *args, **kwargs)
+
+    dist.all_reduce, dist.reduce_scatter_tensor = all_reduce, reduce_scatter_tensor
+    return traffic
+
+
+def write_traffic(folder: Path, traffic: dict, engine) -> None:
+    scores = [None if score is None else score.tolist() for score in engine.scores]
+    (folder / "traffic.json").write_text(json.dumps({**traffic, "scores": scores}))
 
 
 class Disturb(TrainerCallback):
@@ -65,7 +92,10 @@ def run_ddp(folder: Path, options: dict) -> None:
     dtype = getattr(torch, options.pop("dtype", "float32"))
     config = tiny_config(num_steps=options.pop("num_steps", 5), method=options.pop("method", "gisp"))
     by_function = options.pop("by_function", False)
+    if options.pop("uneven", False):
+        options["train_dataset"] = uneven_blocks()
     restore = RestoreConfig(**options.pop("restore")) if "restore" in options else None
+    traffic = record_traffic()
     pruner = GISPPruner(config, folder / "levels", restore=restore)
     trainer = make_trainer(
         tiny_model(dtype=dtype),
@@ -91,6 +121,16 @@ def run_ddp(folder: Path, options: dict) -> None:
         facts = {"world": world, "syncs": counter.passes, "backward": counter.backward}
         facts["wrapper"] = type(trainer.model_wrapped).__name__
         (folder / "facts.json").write_text(json.dumps(facts))
+        if not by_function:
+            write_traffic(folder, {**traffic, "buckets": counter.elements}, pruner.engine)
+
+
+def uneven_blocks() -> list[dict[str, torch.Tensor]]:
+    """16 blocks, of which one to fifteen tokens are targets."""
+    blocks = tiny_blocks(16)
+    for number, block in enumerate(blocks):
+        block["labels"][: number % 15] = -100
+    return blocks
 
 
 def run_fsdp2(folder: Path, options: dict) -> None:
@@ -105,7 +145,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     from gisp_hf.pruning.methods import find_method
     from gisp_hf.pruning.trajectory import Base, Trajectory
     from gisp_hf.training.distributed import check_agreement
-    from tests.tiny import tiny_blocks, tiny_tokenizer
+    from tests.tiny import tiny_tokenizer
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -122,7 +162,9 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     model.train()
     stack = ExitStack()
     stack.enter_context(engine.watch())
-    scored = set(engine.scored_parameters())
+    of_weights = engine.criterion.needs == "weight_gradients"
+    scored = set(engine.scored_parameters()) if of_weights else {"model.norm.weight"}
+    traffic = record_traffic()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in scored)
 
@@ -151,6 +193,7 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     if rank == 0:
         trajectory.save(folder)
         (folder / "facts.json").write_text(json.dumps({"collectives": collectives, "world": world}))
+        write_traffic(folder, traffic, engine)
     stack.close()
     dist.barrier()
     dist.destroy_process_group()

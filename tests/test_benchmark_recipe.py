@@ -4,7 +4,7 @@ from recipes import benchmark_pruning
 
 
 @pytest.mark.slow
-def test_both_sides_remove_the_same(tmp_path, capsys) -> None:
+def test_masked_and_gisp_hf_remove_the_same(tmp_path, capsys) -> None:
     argv = [
         "--shape",
         "tiny",
@@ -22,4 +22,6 @@ def test_both_sides_remove_the_same(tmp_path, capsys) -> None:
     summary = benchmark_pruning.compare(benchmark_pruning.parse(argv), argv)
     assert summary["same_order"] and summary["removed"] > 50 and summary["removed_differently"] == 0
     assert summary["time_ratio"] > 0 and summary["memory_ratio"] > 0
-    assert "of the masked run" in capsys.readouterr().out
+    activation = summary["activation"]
+    assert activation["memory_ratio"] > 0 and 0 < activation["shared"] <= min(activation["removed"], summary["removed"])
+    assert capsys.readouterr().out.count("of the masked run") == 2

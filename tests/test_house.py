@@ -13,6 +13,7 @@ ORDER = [
     *("report.plots", "report.tables"),  # plain rows in, a picture or a text out
     "data.records",
     "losses",
+    "models.fingerprint",
     "data",
     "models",
     "criteria",
@@ -92,6 +93,7 @@ def test_the_callback_knows_when_alone() -> None:
 
 def test_maths_stays_free_of_hugging_face() -> None:
     for name in (
+        "models/gates",
         "models/layout",
         "models/fingerprint",
         "criteria/base",

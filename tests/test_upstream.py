@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 from huggingface_hub import close_session, set_client_factory
 from huggingface_hub.utils import get_session, httpx
 from huggingface_hub.utils._http import default_client_factory
@@ -102,3 +103,13 @@ def test_later_clients_are_the_users_own_with_the_hook() -> None:
     close_session()  # as the library does after an error of the connection
     assert get_session().get("http://hub/a").text == "mine" and get_session().timeout.read == 7.0
     assert seen == ["http://hub/a"]
+
+
+def test_a_backward_pass_is_told_from_a_forward_pass() -> None:
+    seen: list[bool] = []
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(lambda gradient: seen.append(upstream.in_backward()))
+    loss = weight.sum()
+    seen.append(upstream.in_backward())
+    loss.backward()
+    assert seen == [False, True] and not upstream.in_backward()

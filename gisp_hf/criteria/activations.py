@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.models.layout import Block, Layout, Member
 from gisp_hf.models.shards import whole
+from gisp_hf.models.wrapped import dense_weight
+from gisp_hf.upstream import in_backward
 
 
 class ActivationCriterion(Criterion):
@@ -36,7 +38,9 @@ class ActivationCriterion(Criterion):
         self._totals: dict[str, torch.Tensor] = {}  # parameter -> statistics since the last call of `sums`
         self._mask: torch.Tensor | None = None  # of the batch under way
         names = dict.fromkeys(name for block in layout.blocks for name in self.watched(block))
-        handles = [model.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
+        # The inner model: PEFT calls the forward function of the outer one past its hooks.
+        inner = getattr(model, "base_model", model)
+        handles = [inner.register_forward_pre_hook(self._take_mask, with_kwargs=True)]
         try:
             for name in names:
                 handles.append(self.hook(name))
@@ -57,17 +61,26 @@ class ActivationCriterion(Criterion):
     def hook(self, name: str) -> RemovableHandle:
         """Watches one of these: calls `see` in every forward pass that counts."""
 
-        def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if module.training and torch.is_grad_enabled():
-                self.see(name, args[0])
+        def see(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            if not (module.training and torch.is_grad_enabled()):
+                return None
+            inputs = self.see(name, args[0])
+            return None if inputs is None else (inputs, *args[1:])
 
         return self.model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(see)
 
-    def see(self, parameter: str, inputs: torch.Tensor) -> None:
-        """Takes in the inputs of one projection, shape ``(B, T, length)``, during a forward pass that counts."""
+    def see(self, parameter: str, inputs: torch.Tensor) -> torch.Tensor | None:
+        """Takes in the inputs of one projection, shape ``(B, T, length)``, during a forward pass that counts.
+
+        Returns:
+            what the projection gets in their place; None: nothing changes.
+        """
+        if in_backward():  # activation checkpointing runs a layer a second time: each token counts once
+            return None
         # Autocast would turn the float32 products back into half precision.
         with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
             self.add(parameter, self.statistics(self._tokens(inputs)))
+        return None
 
     def _tokens(self, inputs: torch.Tensor) -> torch.Tensor:
         """The tokens that count, float32: (B, T, length) -> (n, length)."""
@@ -92,7 +105,7 @@ class ActivationCriterion(Criterion):
 
     def weight(self, parameter: str, device: torch.device) -> torch.Tensor:
         """A weight in float32, gathered over the ranks if it is sharded: (d, length)."""
-        return whole(self.model.get_parameter(parameter).detach()).to(device, torch.float32)
+        return whole(dense_weight(self.model, parameter)).to(device, torch.float32)
 
 
 def readers(block: Block) -> list[Member]:

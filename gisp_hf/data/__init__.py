@@ -2,5 +2,13 @@
 
 from gisp_hf.data.calibration import Calibration, load_calibration
 from gisp_hf.data.encoding import CandidateCollator, encode_completion
+from gisp_hf.data.self_answers import AnsweredPrompts, AnswerSettings
 
-__all__ = ["Calibration", "CandidateCollator", "encode_completion", "load_calibration"]
+__all__ = [
+    "AnswerSettings",
+    "AnsweredPrompts",
+    "Calibration",
+    "CandidateCollator",
+    "encode_completion",
+    "load_calibration",
+]

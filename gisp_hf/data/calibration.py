@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gisp_hf.data.encoding import (
     CandidateCollator,
@@ -35,7 +35,9 @@ from gisp_hf.data.encoding import (
     pad_token_id,
     tokenize,
 )
-from gisp_hf.data.records import Objective, Source
+from gisp_hf.data.files import FILE_LOADERS, load_file
+from gisp_hf.data.records import Messages, Objective, Source
+from gisp_hf.data.self_answers import AnsweredPrompts, AnswerSettings, answered_prompts
 from gisp_hf.data.shares import share_tokens, split_mixture
 from gisp_hf.data.sources import choose_objective, find_sources, open_source
 from gisp_hf.losses.objectives import language_modeling_loss, margin_loss
@@ -43,7 +45,7 @@ from gisp_hf.losses.objectives import language_modeling_loss, margin_loss
 # arXiv 2510.18030: 2,000 sequences of 256 tokens; and the same number of tokens for the answer sets.
 DEFAULT_TOKENS = 512_000
 # Answers get longer sequences than text: a question that is cut loses more than a document that is.
-DEFAULT_BLOCK_SIZES: dict[Objective, int] = {"language_modeling": 256, "completion": 512, "margin": 512}
+DEFAULT_BLOCK_SIZES: dict[Objective, int] = {"language_modeling": 256, "completion": 512, "margin": 512, "self": 512}
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Calibration:
 
     Attributes:
         dataset: ``input_ids`` and ``labels``. Language modelling: blocks of exactly ``block_size`` tokens. Completion:
-            one sequence an item, at most ``block_size`` long. Margin: one question an item, a list of sequences each
-            (layout: `gisp_hf.losses.objectives.margin_loss`), so that a step never sees half a question.
+            one sequence an item, at most ``block_size`` long. Self: the same, in an `AnsweredPrompts`. Margin: one
+            question an item, a list of sequences each (layout: `gisp_hf.losses.objectives.margin_loss`), so that a step
+            never sees half a question.
         collator: ``data_collator`` for the dataset.
         loss: ``compute_loss_func`` for the dataset.
         provenance: JSON-ready record: ``name``, ``objective``, ``seed``, ``block_size``, ``tokens`` (padding not
@@ -65,7 +68,7 @@ class Calibration:
             ``sha256`` of what this part gave, in the order in which it gives it alone.
     """
 
-    dataset: datasets.Dataset
+    dataset: datasets.Dataset | AnsweredPrompts
     collator: CandidateCollator
     loss: Callable[..., torch.Tensor]
     provenance: dict[str, Any]
@@ -93,6 +96,8 @@ def load_calibration(
     block_size: int | None = None,
     seed: int = 0,
     revision: str | None = None,
+    model: PreTrainedModel | None = None,
+    answers: AnswerSettings | None = None,
 ) -> Calibration:
     """Draw a calibration set.
 
@@ -103,16 +108,21 @@ def load_calibration(
             to 1: ``"wikitext2:0.5,code.jsonl:0.3,owner/name:config:0.2"``, or ``"a.txt:1/3,b.txt:1/3,c.txt:1/3"``. Each
             part of a mixture gives what it gives alone with its share of the tokens; blocks hold one part only.
         tokenizer: needs a pad token; documents are separated by its end-of-text token, if it has one.
-        objective: ``"language_modeling"`` (packed blocks), ``"completion"`` (loss on the right answers only) or
-            ``"margin"``. ``None`` takes what the data set is for; all parts of a mixture must be for the same.
+        objective: ``"language_modeling"`` (packed blocks), ``"completion"`` (loss on the right answers only),
+            ``"margin"``, or ``"self"`` (the prompts of a data set or of a file with a column ``prompt``, answered by
+            ``model`` itself; loss on its answers only). ``None`` takes what the data set is for; all parts of a mixture
+            must be for the same.
         tokens: budget. Blocks use it to the last token. Questions are never cut: they are drawn until the next one
             would pass it, always from the data set that has given the fewest tokens, so a mixture shares it equally and
-            a small set's unused share goes to the others. ``None`` takes all there is. The margin needs several times
+            a small set's unused share goes to the others. ``None`` takes all there is. For ``"self"`` it
+            allows ``tokens / max_new_tokens`` prompts. The margin needs several times
             what language modelling does (measured: recipes/results/multiple_choice).
         block_size: tokens in a block, or the most in one sequence. A longer question loses the left end of its prompt,
             never a token of the answer. ``None``: 256 for language modelling (paper), 512 for answers.
         seed: fixes the order in which rows are drawn, and in which the items of a mixture stand.
         revision: commit, tag or branch on the Hub, instead of the table's.
+        model: answers the prompts of objective ``"self"``; not used otherwise.
+        answers: how it answers; the defaults of `AnswerSettings` if None.
 
     Raises:
         ValueError: the request cannot be met (unknown name, no pad token, budget not a multiple of the block, too
@@ -122,6 +132,10 @@ def load_calibration(
             mend.
     """
     pad_token_id(tokenizer)
+    if objective == "self":
+        return _answer_prompts(
+            name, tokenizer, model, tokens=tokens, block_size=block_size, seed=seed, revision=revision, answers=answers
+        )
     shares = split_mixture(name)
     if revision is not None and len(shares) > 1:
         raise ValueError(f"revision {revision!r} is for one data set of the Hub, {name!r} is not: leave it out")
@@ -174,6 +188,72 @@ def load_calibration(
         loss=margin_loss if objective == "margin" else language_modeling_loss,
         provenance=provenance,
     )
+
+
+def _answer_prompts(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | None,
+    *,
+    tokens: int | None,
+    block_size: int | None,
+    seed: int,
+    revision: str | None,
+    answers: AnswerSettings | None,
+) -> Calibration:
+    """Prompts in seeded order, with the answers that the model gives. Whole answers count towards the budget."""
+    if model is None:
+        raise ValueError(f"objective='self' lets the model answer the prompts of {name} itself: give model=")
+    settings, block_size = answers or AnswerSettings(), block_size or DEFAULT_BLOCK_SIZES["self"]
+    most = None if tokens is None else max(1, tokens // settings.max_new_tokens)
+    prompts, sources = read_prompts(name, revision=revision, seed=seed, most=most)
+    data = answered_prompts(model, prompts, tokenizer, block_size=block_size, settings=settings, seed=seed)
+    provenance: dict[str, Any] = {
+        "name": Path(name).name,
+        "objective": "self",
+        "seed": seed,
+        "block_size": block_size,
+        **_count([[row] for row in data.rows], "self"),
+        "sources": sources,
+        "answers": {
+            **{key: getattr(settings, key) for key in ("max_new_tokens", "batch_size", "temperature")},
+            "rounds": data.rounds,  # grows where a callback has answers given anew
+        },
+    }
+    return Calibration(data, CandidateCollator(tokenizer), language_modeling_loss, provenance)
+
+
+def read_prompts(
+    name: str, *, revision: str | None, seed: int, most: int | None
+) -> tuple[list[str | Messages], list[dict[str, Any]]]:
+    """Prompts without their answers, in seeded order, at most this many, and a description of their data sets.
+
+    Raises:
+        ValueError: there are none: a file has no column ``prompt``, or the data set holds texts.
+    """
+    if Path(name).suffix in FILE_LOADERS and Path(name).is_file():
+        rows = load_file(Path(name))
+        if "prompt" not in rows.column_names:
+            raise ValueError(f"{name} has columns {', '.join(rows.column_names)}; objective='self' needs prompt")
+        order = permutation(len(rows), seed)[:most]
+        facts = {"name": Path(name).name, "hub_id": None, "config": None, "split": None, "revision": None}
+        return [rows[i]["prompt"] for i in order], [{**facts, "records": len(order), "tokens": 0, "skipped": {}}]
+    readings = [
+        _Reading(key, source, *open_source(source)) for key, source in find_sources(name, revision=revision).items()
+    ]
+    streams = [(reading, shuffled_rows(reading.dataset, seed)) for reading in readings]
+    prompts: list[str | Messages] = []
+    while streams and (most is None or len(prompts) < most):
+        reading, stream = entry = min(streams, key=lambda pair: pair[0].records)
+        if (found := next(stream, None)) is None:
+            streams.remove(entry)
+            continue
+        record = reading.source.read(found[1])
+        if isinstance(record, str):
+            raise ValueError(f"{reading.name} holds texts, and objective='self' needs prompts; choose another data set")
+        prompts.append(record[0].prompt)
+        reading.records += 1
+    return prompts, [_describe(reading) for reading in readings]
 
 
 def _common_objective(named: Mapping[str, Mapping[str, Source]], objective: Objective | None) -> Objective:

@@ -172,17 +172,30 @@ def _tokenize_pair(
     """Token ids of the prompt alone, and of prompt and completion together."""
     if isinstance(prompt, str):
         return tokenize(prompt, tokenizer), tokenize(prompt + completion, tokenizer)
+    messages = [dict(message) for message in prompt]
+    answer = {"role": "assistant", "content": completion}
+    alone = encode_prompt(prompt, tokenizer)
+    answered = cast(str, tokenizer.apply_chat_template([*messages, answer], tokenize=False))
+    # The template has written its special tokens already.
+    return alone, tokenize(answered, tokenizer, special=False)
+
+
+def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt, as a model sees it before it answers: text, or chat messages through the template.
+
+    Raises:
+        ValueError: messages were given to a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return tokenize(prompt, tokenizer)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"prompt {prompt!r} is a list of messages, but the tokenizer has no chat template: give the prompt as "
             "text, or set tokenizer.chat_template"
         )
     messages = [dict(message) for message in prompt]
-    answer = {"role": "assistant", "content": completion}
     alone = cast(str, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    answered = cast(str, tokenizer.apply_chat_template([*messages, answer], tokenize=False))
-    # The template has written its special tokens already.
-    return tokenize(alone, tokenizer, special=False), tokenize(answered, tokenizer, special=False)
+    return tokenize(alone, tokenizer, special=False)
 
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Objective = Literal["language_modeling", "completion", "margin"]
+Objective = Literal["language_modeling", "completion", "margin", "self"]
 
 Messages = Sequence[Mapping[str, str]]
 

@@ -118,7 +118,7 @@ def load_level(
             " restores it, and from_pretrained loads a saved one",
             repo_or_folder,
         )
-    model = _cut(level, base, dtype)
+    model = cut_level(level, base, dtype)
     model.name_or_path = model.config.name_or_path = str(repo_or_folder)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ def materialize(
     level = _up_to(trajectory, sparsity, channel_multiple)
     base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
     tokenizer = load_tokenizer_of(base)  # before the weights, which take time
-    model = _cut(level, base, dtype)
+    model = cut_level(level, base, dtype)
     return save_level(model, output_dir, trajectory=level, sliced=True, tokenizer=tokenizer)
 
 
@@ -225,7 +225,7 @@ def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None
     )
 
 
-def _cut(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTrainedModel:
+def cut_level(level: Trajectory, base: Files, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model at the end of ``level``, with the weights of ``base``."""
     config_file = base.fetch("config.json")
     assert config_file is not None
@@ -310,17 +310,27 @@ def _read_weights(
     return weights
 
 
-@torch.no_grad()
-def _read_one(
-    file: Any, stored: str, *, into: torch.Tensor | None, shape: tuple[int, ...], cut: Cut | None
-) -> tuple[int, int]:
-    """Reads one tensor, leaves in ``into`` what is kept of it (None: nothing), and returns its checksum."""
+def read_tensor(file: Any, stored: str, *, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of an open file, which must be in floating point and of this shape.
+
+    Raises:
+        ValueError: if it is not.
+    """
     found = tuple(file.get_slice(stored).get_shape())
     if found != shape:
         raise ValueError(f"{stored} has shape {found} in the checkpoint, its config says {shape}")
     tensor = file.get_tensor(stored)
     if not tensor.is_floating_point():
         raise ValueError(f"{stored} is of type {tensor.dtype}: a quantized checkpoint; give the original model")
+    return tensor
+
+
+@torch.no_grad()
+def _read_one(
+    file: Any, stored: str, *, into: torch.Tensor | None, shape: tuple[int, ...], cut: Cut | None
+) -> tuple[int, int]:
+    """Reads one tensor, leaves in ``into`` what is kept of it (None: nothing), and returns its checksum."""
+    tensor = read_tensor(file, stored, shape=shape)
     checksum = tensor_checksum(tensor)
     if into is not None:
         into.copy_(tensor if cut is None else slice_tensor(tensor, cut))

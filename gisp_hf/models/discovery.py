@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from gisp_hf.models.families import FAMILIES, BlockRow, Family, Projection
 from gisp_hf.models.layout import KINDS, Block, Layout, Member
 from gisp_hf.models.shards import plain_parameters
+from gisp_hf.models.wrapped import bare_model, is_plain, plain_shell
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -32,6 +33,8 @@ def family_of(model: PreTrainedModel) -> Family:
 def discover(model: PreTrainedModel, kinds: Collection[str] | None = None, *, attention_unit: str = "group") -> Layout:
     """All blocks of a model, with exact parameter counts; on the meta device too, since only shapes are read.
 
+    Of a quantized model, or one with PEFT adapters: the blocks of the same model without them.
+
     Args:
         kinds: names of the kinds of structure to look for: some of the family's, or one whose structures are whole
             layers. None: all of the family's, which divide its layers further.
@@ -41,7 +44,10 @@ def discover(model: PreTrainedModel, kinds: Collection[str] | None = None, *, at
     Raises:
         ValueError: if no family fits, the family has no such kind, or the sizes of a layer contradict each other.
     """
+    model = bare_model(model)
     family = family_of(model)
+    if not is_plain(model):
+        model = plain_shell(model)
     layers = model.get_submodule(family.layers)
     numbered = list(enumerate(layers.children()))
     if len(numbered) != model.config.num_hidden_layers:

@@ -6,11 +6,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from gisp_hf.config import GISPConfig
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.criteria.compensation import Compensation
+from gisp_hf.models.gates import Gates
 from gisp_hf.models.layout import Layout
 from gisp_hf.models.plain import find_plain_sizes
 from gisp_hf.models.shards import add_over_ranks, all_ranks, is_sharded, shard_group
@@ -58,6 +60,8 @@ class Engine:
         shrink: slice structures out, so that later passes cost less; otherwise set them to zero. Both give the same
             removal order, up to structures whose scores differ by less than the rounding of the forward pass.
         layer_passes: into how many parts the scored layers are split, each with a pass over the data of its own.
+        gates: set activations to zero in place of weights (`gisp_hf.models.gates`), inside `watch`; not with
+            ``shrink``. For weights that cannot be changed. The same removal order again.
 
     Attributes:
         order: per block, the removal order so far, int32 of shape ``(block.size,)``; -1 = still there.
@@ -69,8 +73,16 @@ class Engine:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: Layout, config: GISPConfig, *, shrink: bool = True, layer_passes: int = 1
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        config: GISPConfig,
+        *,
+        shrink: bool = True,
+        layer_passes: int = 1,
+        gates: bool = False,
     ) -> None:
+        assert not (shrink and gates)
         self.method = find_method(config.method)
         if config.uniform:
             layout = replace(layout, plain_sizes=find_plain_sizes(model, layout))
@@ -84,8 +96,14 @@ class Engine:
         self.offsets: dict[int, float] = {}  # layer -> its share minus that of all layers together
         self.compensation = Compensation() if self.method.compensation else None
         if self.compensation is not None:
+            if gates:
+                raise ValueError(
+                    f"method {config.method!r} gives levels more biases, and those of a quantized model or one with "
+                    "adapters are cut out of its unquantized files; use a method without compensation, such as flap"
+                )
             check_compensable(model, layout)
         self.shrink = shrink
+        self.gates = Gates(layout) if gates else None
         self.minimum = minimum_kept(layout, config)
         self.order = [torch.full((block.size,), -1, dtype=torch.int32) for block in layout.blocks]
         self.length = 0  # structures in the order so far
@@ -150,7 +168,9 @@ class Engine:
     @contextmanager
     def _watch(self, micro_batches: int) -> Iterator[None]:
         watchers = [w for w in (self.criterion, self.shares, self.compensation) if w is not None]
-        with ExitStack() as stack:
+        with ExitStack() as outer, ExitStack() as stack:
+            if self.gates is not None:  # before the criterion, which then sees the zeros
+                outer.enter_context(self.gates.attached(self.model))
 
             def watch_anew() -> None:
                 stack.close()
@@ -216,6 +236,9 @@ class Engine:
         else:
             group = all_ranks()
         names, parts = list(sums), add_over_ranks(list(sums.values()), group)
+        if self.criterion.needs == "activation_gradients" and group is not None:
+            # A loss is scaled up by the number of processes, for the mean over them that parameters' gradients get.
+            parts = [part / dist.get_world_size(group) for part in parts]
         if parts:
             counts = torch.stack([(~part.isfinite()).sum() for part in parts])
             if counts.any():  # one wait for the device, not one per tensor
@@ -339,7 +362,10 @@ class Engine:
         if self.compensation is not None:
             removed = [mask[~gone] if self.shrink else mask for mask, gone in zip(fresh, self.gone)]
             self.compensation.add_removed(self.now, [mask.nonzero().squeeze(1) for mask in removed], sliced=self.shrink)
-        if self.shrink:
+        if self.gates is not None:
+            for number, mask in enumerate(fresh):
+                self.gates.shut(number, mask.nonzero().squeeze(1))
+        elif self.shrink:
             kept = [(~mask)[~gone].nonzero().squeeze(1) for mask, gone in zip(fresh, self.gone)]
             reduced = self.now.reduced(kept)
             slice_structures(self.model, self.now, kept)

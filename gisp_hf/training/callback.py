@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +15,20 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.losses.chunked import ChunkedLoss
 from gisp_hf.models import discover, family_of
-from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.shards import is_sharded, plain_parameters
+from gisp_hf.models.wrapped import bare_model, is_plain
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.schedule import targets_of_step
 from gisp_hf.pruning.trajectory import Base, Step, Trajectory
-from gisp_hf.training.checks import check_arguments, check_model, check_run_length, check_sizes, note_of_few_groups
+from gisp_hf.training.checks import (
+    check_arguments,
+    check_model,
+    check_run_length,
+    check_sizes,
+    note_of_few_groups,
+    warn_of_slow_dtype,
+)
 from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
 from gisp_hf.training.ending import describe, slice_zeros
 from gisp_hf.training.identity import identify, note_of_pruned_base
@@ -37,7 +44,7 @@ from gisp_hf.training.resume import (
     set_aside_broken,
 )
 from gisp_hf.training.stages import Level, Run, Stage
-from gisp_hf.upstream import handler_of
+from gisp_hf.upstream import differentiable_4bit, handler_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +65,7 @@ class PruningCallback(TrainerCallback):
         base_revision: str | None,
         hide_path: bool,
         calibration: dict[str, Any] | None,
+        identify_files: Callable[..., Base] | None = None,
     ) -> None:
         self.config = config
         self.output_dir = None if output_dir is None else Path(output_dir)
@@ -71,6 +79,7 @@ class PruningCallback(TrainerCallback):
         self.restoration: dict[str, Any] | None = None  # settings of a stage that changes the levels' weights
         self.levels: dict[float, Level] = {}
         self._hide_path = hide_path
+        self._identify_files = identify_files  # of the unquantized checkpoint, for a model that has gates
         self._engine: Engine | None = None
         self._mode: CalibrationMode | None = None
         self._use_cache: bool | None = None
@@ -173,7 +182,7 @@ class PruningCallback(TrainerCallback):
         with self._giving_back():
             self._score(step, layer_pass, model)
             if layer_pass == self.layer_passes - 1:
-                self._remove(step, args, state, model)
+                self._remove(step, args, state, bare_model(model))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -259,11 +268,13 @@ class PruningCallback(TrainerCallback):
             use_cache: of the model's config, before the Trainer changes it; None if that is not known.
         """
         check_arguments(args)
-        check_model(model)
-        wrapped = is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
+        check_model(model, find_method(self.config.method).criterion().needs)
+        gates, model = not is_plain(model), bare_model(model)
+        wrapped = gates or is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:
             raise ValueError(
-                "shrink=True needs a single process, without torch_compile and launcher; None lets zeros stay"
+                "shrink=True needs a single process, without torch_compile, launcher, quantization and adapters; None "
+                "lets zeros stay"
             )
         if self.layer_passes > 1 and is_distributed(args) and not uses_fsdp(args):
             raise ValueError(
@@ -272,8 +283,9 @@ class PruningCallback(TrainerCallback):
             )
         shrink = not wrapped if self.shrink is None else self.shrink
         layout = discover(model, find_method(self.config.method).kinds, attention_unit=self.config.attention_unit)
-        check_sizes(model, layout)
-        self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes)
+        if not gates:
+            check_sizes(model, layout)
+        self._engine = Engine(model, layout, self.config, shrink=shrink, layer_passes=self.layer_passes, gates=gates)
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
             self._mode = CalibrationMode(model)
@@ -291,6 +303,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, *, dataloader: Any, tokenizer: Any
     ) -> None:
         """Refuses what only the data and the folders show, then puts the model in the state of a run."""
+        model = bare_model(model)
         if self._mode is None:
             self._mode = CalibrationMode(model)
             self._mode.freeze_all_but(self._trained_parameters(model))
@@ -305,17 +318,14 @@ class PruningCallback(TrainerCallback):
         self.shared_dir = self.output_dir is None or self.output_dir == Path(str(args.output_dir))
         self.output_dir = self.output_dir or Path(str(args.output_dir))
         before = self._load_checkpoint(args, state, model) if resumed else None
-        self._base = (
-            before.base
-            if before is not None
-            else identify(model, name=self.base_model, revision=self.base_revision, hide_path=self._hide_path)
-        )
+        self._base = self._find_base(model, before)
         run = Run(
             output_dir=self.output_dir,
             shared_dir=self.shared_dir,
             main_process=state.is_world_process_zero,
             resumed=resumed,
             sliced=self.engine.shrink,
+            gated=self.engine.gates is not None,
             sharded=is_sharded(model.parameters()),
             use_cache=True if self._use_cache is None else self._use_cache,
             tokenizer=tokenizer,
@@ -328,7 +338,7 @@ class PruningCallback(TrainerCallback):
         if before is not None:
             self._restore(before, args, state, model)
         if state.is_world_process_zero:
-            _warn_of_slow_dtype(model)
+            warn_of_slow_dtype(model)
             for note in (note_of_pruned_base(self.trajectory), note_of_few_groups(self.engine.layout, self.config)):
                 if note is not None:
                     tqdm.write(note)
@@ -339,7 +349,17 @@ class PruningCallback(TrainerCallback):
         if self.chunk_tokens is not None:
             self._chunked = mode.enter(ChunkedLoss(model, self.chunk_tokens))
         micro_batches = 0 if is_distributed(args) else args.gradient_accumulation_steps
+        mode.enter(differentiable_4bit(model))
         mode.enter(self.engine.watch(micro_batches=micro_batches))
+
+    def _find_base(self, model: PreTrainedModel, before: Trajectory | None) -> Base:
+        """The base of this run, which is that of ``before``, the trajectory of a checkpoint."""
+        if self.engine.gates is not None and self._identify_files is not None:
+            expected = None if before is None else before.base
+            return self._identify_files(model, self.engine.layout, hide_path=self._hide_path, expected=expected)
+        if before is not None:
+            return before.base
+        return identify(model, name=self.base_model, revision=self.base_revision, hide_path=self._hide_path)
 
     def _score(self, step: int, layer_pass: int, model: nn.Module) -> None:
         try:
@@ -452,7 +472,8 @@ class PruningCallback(TrainerCallback):
             raise ValueError(
                 f"the checkpoint {folder} was made with another GISPConfig or model; resume with {before.config}"
             )
-        if not is_sharded(model.parameters()):  # the Trainer has loaded the zeros into a sharded model already
+        # The Trainer has loaded the zeros into a sharded model already; quantized weights are not the base's.
+        if not is_sharded(model.parameters()) and self.engine.gates is None:
             before.check_base(model)
         for sparsity in self._levels_of(before):
             if not self._level_folder(sparsity).is_dir():
@@ -476,14 +497,3 @@ class PruningCallback(TrainerCallback):
         """The levels that its steps aimed at. Whole layers can go beyond a level before its step has come."""
         target = before.steps[-1].target if before.steps else 0.0
         return [sparsity for sparsity in self.config.sparsity_levels if sparsity <= target + 1e-9]
-
-
-def _warn_of_slow_dtype(model: PreTrainedModel) -> None:
-    factor = slow_factor(model.dtype, model.device)
-    if factor > 2:
-        logger.warning(
-            "%s products run %.0f times slower than float32 ones on this processor; load the model with "
-            "dtype=torch.float32",
-            str(model.dtype).removeprefix("torch."),
-            factor,
-        )

@@ -1,5 +1,6 @@
 """Refusals before a run: unsupported arguments, models and data."""
 
+import logging
 from typing import Any
 
 from peft import PeftModel
@@ -7,12 +8,20 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from gisp_hf.config import GISPConfig
+from gisp_hf.criteria.base import Needs
 from gisp_hf.models import discover
+from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.layout import Layout, kind_of
 from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import empty_copy
+from gisp_hf.models.wrapped import has_adapters, is_plain, quantization_of
 from gisp_hf.pruning.selection import minimum_kept
 from gisp_hf.training.mode import is_being_pruned
+
+logger = logging.getLogger(__name__)
+
+# Quantizations whose layers hand gradients of activations through; tests run them.
+WITH_BACKWARD = ("bitsandbytes", "torchao")
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -60,22 +69,40 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Refuses models whose own weights have no gradients.
+def check_model(model: PreTrainedModel, needs: Needs = "weight_gradients") -> None:
+    """Refuses models that have not got what the scores are made of.
+
+    Args:
+        needs: of the criterion. Scores of activations allow quantized weights and adapters.
 
     Raises:
         ValueError: with what to do instead.
     """
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+    of_activations = needs.startswith("activation")
+    if has_adapters(model) and not of_activations:
         raise ValueError(
             "the model has PEFT adapters, which would hide its own weights from the scores; call merge_and_unload() "
-            "first, or prune the base model and train adapters on a pruned level"
+            "first, prune the base model and train adapters on a pruned level, or score activations: "
+            "GISPConfig(method='gisp-activation')"
         )
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(model.active_peft_config).__name__} puts tokens of its own before the text, and scores would count "
+            "them; use the model without it, or adapters inside the layers, such as LoRA"
+        )
+    quantization = quantization_of(model)
+    if quantization is not None and not of_activations:
         raise ValueError(
             "the model is quantized, and quantized weights have no gradients; load it in bfloat16, prune, and quantize "
-            "the pruned level"
+            "the pruned level, or score activations: GISPConfig(method='gisp-activation')"
         )
+    if quantization not in (None, *WITH_BACKWARD) and needs == "activation_gradients":
+        raise ValueError(
+            f"the model is quantized by {quantization}, whose backward pass is not tested here; quantize it by "
+            f"{' or '.join(WITH_BACKWARD)}, or load it in bfloat16"
+        )
+    if not is_plain(model):
+        return
     for name, parameter in plain_parameters(model):
         if parameter.is_inference() or not parameter.is_floating_point():
             raise ValueError(
@@ -180,3 +207,15 @@ def _check_leftovers(args: TrainingArguments, *, examples: int, at_once: int, pe
         f"decided on these alone: give {fitting} examples (dataset.select(range(...))), or choose "
         "per_device_train_batch_size and gradient_accumulation_steps so that a step takes all or divides them"
     )
+
+
+def warn_of_slow_dtype(model: PreTrainedModel) -> None:
+    """Warns of a dtype that this processor multiplies slowly."""
+    factor = slow_factor(model.dtype, model.device)
+    if factor > 2:
+        logger.warning(
+            "%s products run %.0f times slower than float32 ones on this processor; load the model with "
+            "dtype=torch.float32",
+            str(model.dtype).removeprefix("torch."),
+            factor,
+        )

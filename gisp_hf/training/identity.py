@@ -32,7 +32,7 @@ def identify(model: PreTrainedModel, *, name: str | None, revision: str | None, 
     pruned = isinstance(model.config, family_of(model).pruned_config)
     return Base(
         id=name,
-        revision=revision or _cached_commit(name),
+        revision=revision or cached_commit(name),
         fingerprint=model_fingerprint(plain_parameters(model)),
         unpruned=discover(empty_copy(model, unpruned=True)).total if pruned else None,
     )
@@ -53,7 +53,7 @@ def note_of_pruned_base(trajectory: Trajectory) -> str | None:
     )
 
 
-def _cached_commit(model_id: str) -> str | None:
+def cached_commit(model_id: str) -> str | None:
     """The one commit of a Hub model whose weights are in the cache.
 
     A model does not know the revision that it was loaded in. With several in the cache, none is recorded: a wrong one

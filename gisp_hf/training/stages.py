@@ -24,6 +24,8 @@ class Run:
         main_process: whether this process writes and talks.
         resumed: whether the run goes on from a checkpoint, so that levels may exist already.
         sliced: whether the model loses structures for real during the run; otherwise they are zeros.
+        gated: whether they are zeros in the activations, since the model is quantized or has adapters. Its weights are
+            not those of the levels then.
         sharded: whether parameters are cut over the processes, so that all of them must take part in saving.
         use_cache: of the model's config before the Trainer changed it; None if unknown.
         trajectory: base, settings and calibration data; its order is empty, or that of the checkpoint.
@@ -36,6 +38,7 @@ class Run:
     main_process: bool
     resumed: bool
     sliced: bool
+    gated: bool
     sharded: bool
     use_cache: bool | None
     tokenizer: Any
