@@ -17,7 +17,7 @@ def describe(model: PreTrainedModel, engine: Engine) -> None:
     One with zeros in their place keeps its class and config, which describe its sizes; it is not its base any more.
     """
     if not engine.shrink:
-        if engine.length:
+        if engine.length and engine.gates is None:
             CUT_IN_MEMORY.add(model)
         return
     try:
@@ -37,7 +37,7 @@ def slice_zeros(model: PreTrainedModel, engine: Engine, *, wrapped: bool, main_p
         wrapped: whether something else holds the parameters (DDP, FSDP2), or the zeros were asked for: they stay, and a
             warning says so.
     """
-    if engine.shrink or not engine.length:
+    if engine.shrink or not engine.length or engine.gates is not None:
         return
     if not wrapped:
         engine.slice_zeros()
