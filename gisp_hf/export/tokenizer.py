@@ -187,7 +187,8 @@ def _space_prefix(facts: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
     Raises:
         ValueError: if it does more than to replace spaces.
     """
-    prefix, replaces, notes = False, False, ()
+    prefix, replaces = False, False
+    notes: tuple[str, ...] = ()
     for step in [*_flat(facts["normalizer"], "normalizers"), *_flat(facts["pre_tokenizer"], "pretokenizers")]:
         match step:
             case {"type": "Prepend", "prepend": "\u2581"}:
