@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 import gisp_hf
-from gisp_hf import GISPConfig, GISPPruner
+from gisp_hf import GISPConfig, GISPPruner, RestoreConfig
 from gisp_hf.data import Calibration
 from gisp_hf.evaluation.stage import Evaluate
 
@@ -20,6 +20,7 @@ def prune(
     batch_size: int,
     fresh: bool = False,
     evaluate: Evaluate | None = None,
+    restore: RestoreConfig | None = None,
 ) -> GISPPruner:
     """The part to copy: dataset, collator and loss of the calibration set go to an ordinary Trainer.
 
@@ -58,7 +59,9 @@ def prune(
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
-    return gisp_hf.prune(trainer, config, output_dir, calibration=calibration.provenance, evaluate=evaluate)
+    return gisp_hf.prune(
+        trainer, config, output_dir, calibration=calibration.provenance, evaluate=evaluate, restore=restore
+    )
 
 
 def _tokens(input_ids: list[int] | list[list[int]]) -> int:

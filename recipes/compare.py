@@ -35,7 +35,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf import GISPConfig, __version__
+from gisp_hf import GISPConfig, RestoreConfig, __version__
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.data.shares import split_mixture
@@ -74,12 +74,15 @@ class Cell:
 
 
 # What a variant may change besides the fields of GISPConfig.
-VARIANT_KEYS = ("tokens", "block_size", "batch_size", "fresh", "dtype")
+VARIANT_KEYS = ("tokens", "block_size", "batch_size", "fresh", "dtype", "restore")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How one method runs: ``tokens`` in each step, the same ones (or ``fresh``), blocks, dtype of the weights."""
+    """How one method runs: ``tokens`` in each step, the same ones (or ``fresh``), blocks, dtype of the weights.
+
+    ``restore``: tokens of the calibration domains on which each level is restored (`gisp_hf.RestoreConfig`); 0: none.
+    """
 
     config: GISPConfig
     tokens: int
@@ -87,6 +90,7 @@ class Variant:
     batch_size: int
     fresh: bool
     dtype: str
+    restore: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Comparison:
     questions: int
     fresh: bool
     dtype: str
+    restore: int = 0
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,6 +131,8 @@ class Comparison:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if type(self.restore) is not int or self.restore < 0:
+            raise ValueError(f"restore must be a number of tokens, or 0 for none, got {self.restore!r}")
         if type(self.fresh) is not bool:
             raise ValueError(f"fresh must be true or false, got {self.fresh!r}")
         for name in (*self.methods, *(self.leading or ())):
@@ -174,7 +181,7 @@ class Comparison:
         """
         changes = dict(self.variants.get(name, {"method": name}))  # a name of its own, or a method of the package
         method = changes.pop("method", "gisp")
-        values = {key: changes.pop(key, getattr(self, key)) for key in VARIANT_KEYS}
+        values: dict[str, Any] = {key: changes.pop(key, getattr(self, key)) for key in VARIANT_KEYS}
         steps = changes.pop("num_steps", min(find_method(method).num_steps, self.num_steps))
         config = GISPConfig.from_dict({"method": method, "sparsity_levels": self.levels, "num_steps": steps, **changes})
         if values["tokens"] % values["block_size"]:
@@ -204,6 +211,7 @@ class Comparison:
             "window": self.window,
             "questions": self.questions,
             "fresh": self.fresh,
+            "restore": self.restore,
             "changes": dict(self.variants.get(cell.method, {})),
             "dtype": self.dtype,
             "text": describe_domains(),
@@ -228,12 +236,12 @@ def read_config(path: Path, *, fast: bool = False, changes: Mapping[str, Any] | 
     values |= (faster if fast else {}) | {key: value for key, value in (changes or {}).items() if value is not None}
     for module in values.pop("imports", None) or []:
         importlib.import_module(module)
-    values.setdefault("variants", {})
+    values = {"variants": {}, "restore": 0, **values}
     names = {entry.name for entry in fields(Comparison)}
     if set(values) != names:
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         raise ValueError(f"{path}: missing {missing}, unknown {unknown}; the keys are {sorted(names)}")
-    values["methods"] = values["methods"] or list(METHODS)
+    values["methods"] = values["methods"] or [*METHODS, *values["variants"]]
     for key in ("models", "methods", "seeds", "levels", *(["leading"] if values["leading"] is not None else [])):
         if not isinstance(values[key], list):
             raise ValueError(f"{path}: {key} must be a list, got {values[key]!r}; write [{values[key]}]")
@@ -306,7 +314,9 @@ def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = W
     try:
         if variant is not None:
             data = next(iter(comparison.calibrations)) if cell.calibration is None else cell.calibration
-            drawn = draw(comparison.calibrations[data], domains, tokenizer, variant, seed=cell.seed or 0, work=work)
+            name = write_mixture(comparison.calibrations[data], domains, work=work)
+            drawn = draw(name, tokenizer, variant, seed=cell.seed or 0)
+            restore = RestoreConfig(data=name, tokens=variant.restore) if variant.restore else None
             start, cpu_start = time.perf_counter(), time.process_time()
             pruner = prune(
                 model,
@@ -316,6 +326,7 @@ def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = W
                 output_dir=scratch / "levels",
                 batch_size=variant.batch_size,
                 fresh=variant.fresh,
+                restore=restore,
             )
             seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
             order = pruner.trajectory
@@ -418,16 +429,8 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
 
 
-def draw(
-    data: str,
-    domains: Mapping[str, Domain],
-    tokenizer: PreTrainedTokenizerBase,
-    variant: Variant,
-    *,
-    seed: int,
-    work: Path,
-) -> Calibration:
-    """The calibration set of these domains and shares, for all steps, from files of their documents."""
+def write_mixture(data: str, domains: Mapping[str, Domain], *, work: Path) -> str:
+    """Domains and their shares as `load_calibration` takes them: with files of their calibration documents."""
     shares = split_mixture(data)
     names = []
     for domain, share in shares.items():
@@ -436,8 +439,13 @@ def draw(
         if not path.is_file() or path.read_text(encoding="utf-8") != lines:
             write_text_atomic(path, lines)  # another cell may do the same
         names.append(str(path) if len(shares) == 1 else f"{path}:{share}")
+    return ",".join(names)
+
+
+def draw(name: str, tokenizer: PreTrainedTokenizerBase, variant: Variant, *, seed: int) -> Calibration:
+    """The calibration set of a variant, for all its steps."""
     tokens = variant.tokens * (variant.config.num_steps if variant.fresh else 1)
-    return load_calibration(",".join(names), tokenizer, tokens=tokens, block_size=variant.block_size, seed=seed)
+    return load_calibration(name, tokenizer, tokens=tokens, block_size=variant.block_size, seed=seed)
 
 
 def environment() -> dict[str, Any]:

@@ -39,7 +39,7 @@ DENSE = "dense"
 OWN_SETTINGS = ("model", "method", "calibration", "data", "seed", "changes")
 COMMON_SETTINGS = (
     *("levels", "tokens", "block_size", "batch_size", "num_steps", "evaluation_tokens", "window", "questions"),
-    *("fresh", "dtype", "text"),
+    *("fresh", "restore", "dtype", "text"),
 )
 
 
@@ -129,6 +129,7 @@ def check_cell(result: Mapping[str, Any]) -> None:
         check_whole(settings[key], f"settings.{key}", least=1)
     if type(settings["fresh"]) is not bool:
         raise ValueError(f"settings.fresh must be true or false, got {settings['fresh']!r}")
+    check_whole(settings["restore"], "settings.restore")
     check_object(settings["changes"], "settings.changes")
     text = check_object(settings["text"], "settings.text")
     check_object(result["environment"], "environment")

@@ -259,14 +259,16 @@ def test_the_command_runs_each_cell_in_its_own_process(here, capfd, monkeypatch)
 def test_the_default_settings_are_those_that_the_page_describes() -> None:
     path = Path(compare.__file__).parent / "compare.yaml"
     full = read_config(path, changes={"dtype": "float32"})
-    assert full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2) and full.methods == tuple(METHODS)
+    assert (
+        full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2) and full.methods == (*METHODS, "gisp-restored")
+    )
     assert full.calibrations == {"mixture": "wikipedia:1/3,news:1/3,code:1/3", "wikipedia": "wikipedia"}
     assert full.models == ("smollm2",) and full.evaluation_tokens == 8192
     fast = read_config(path, fast=True, changes={"dtype": "float32"})
     assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
-    data = [name for name in METHODS if full.reads_data(name)]
+    data = [name for name in full.methods if full.reads_data(name)]
     assert full.leading is not None and set(full.leading) < set(data)
-    assert len(full.cells()) == 1 + (len(METHODS) - len(data)) + 2 * len(data) + 2 * len(full.leading)
+    assert len(full.cells()) == 1 + (len(full.methods) - len(data)) + 2 * len(data) + 2 * len(full.leading)
 
 
 def test_variants_are_methods_with_other_settings() -> None:
@@ -294,6 +296,21 @@ def test_fresh_steps_see_the_next_part_each() -> None:
     assert "parts: method wanda-sp, num_steps 2, tokens 48, fresh True." in Path("out/results.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_restored_variant_is_better_than_the_same_order_unrestored() -> None:
+    setup = comparison(
+        methods=["wanda-sp", "wanda-restored"],
+        variants={"wanda-restored": {"method": "wanda-sp", "restore": 2048}},
+        calibrations={"news": "news"},
+        seeds=[0],
+        levels=[0.3],
+    )
+    compare.compare(setup, Path("out"), run=Runs(setup))
+    plain, restored = (read_cell(Path(f"out/model/wanda-{n}-news-seed0.json")) for n in ("sp", "restored"))
+    assert plain["levels"][0]["removed"] == restored["levels"][0]["removed"]
+    assert plain["levels"][0]["perplexity"] != restored["levels"][0]["perplexity"]
+
+
 def test_leading_methods_have_all_seeds_on_the_first_set() -> None:
     setup = comparison(leading=["gisp"], methods=["gisp", "wanda-sp", "random"], seeds=[0, 1, 2])
     names = [(cell.method, cell.calibration, cell.seed) for cell in setup.cells()]
@@ -314,6 +331,7 @@ def test_leading_methods_have_all_seeds_on_the_first_set() -> None:
         ({"seeds": []}, "seeds is empty: give at least one"),
         ({"leading": ["wandb"]}, "method must be one of gisp, .*got 'wandb'"),
         ({"leading": "gisp"}, r"leading must be a list, got 'gisp'; write \[gisp\]"),
+        ({"restore": -1}, "restore must be a number of tokens, or 0 for none, got -1"),
         ({"fresh": 1}, "fresh must be true or false, got 1"),
         ({"questions": 0}, "questions must be a whole number of at least 1, got 0"),
         ({"variants": ["a"]}, r"variants must map names to settings, got \['a'\]"),
