@@ -14,7 +14,6 @@ recipes/compare_results.py.
 
 import argparse
 import importlib
-import json
 import math
 import os
 import platform
@@ -36,7 +35,6 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gisp_hf import GISPConfig, RestoreConfig, __version__
-from gisp_hf.atomic import write_text_atomic
 from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.data.shares import split_mixture
 from gisp_hf.evaluation import measure_speed, multiple_choice_accuracy, perplexity
@@ -44,7 +42,15 @@ from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.pruning.methods import METHODS, find_method
 from recipes.calibrated_run import prune
 from recipes.compare_results import DENSE, FORMAT, geometric_mean, read_cell, slug, write_cell, write_report
-from recipes.demo_data import DOMAINS, Domain, describe_domains, held_out_tokens, load_domain, load_smollm2
+from recipes.demo_data import (
+    DOMAINS,
+    Domain,
+    describe_domains,
+    held_out_tokens,
+    load_domain,
+    load_smollm2,
+    write_mixture,
+)
 from recipes.prune_multiple_choice import make_questions
 
 CONFIG = Path("recipes/compare.yaml")
@@ -314,7 +320,7 @@ def run_cell(cell: Cell, comparison: Comparison, folder: Path, *, work: Path = W
     try:
         if variant is not None:
             data = next(iter(comparison.calibrations)) if cell.calibration is None else cell.calibration
-            name = write_mixture(comparison.calibrations[data], domains, work=work)
+            name = write_mixture(domains, work, shares=split_mixture(comparison.calibrations[data]))
             drawn = draw(name, tokenizer, variant, seed=cell.seed or 0)
             restore = RestoreConfig(data=name, tokens=variant.restore) if variant.restore else None
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -427,19 +433,6 @@ def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # blocks are full: nothing is ever padded
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
-
-
-def write_mixture(data: str, domains: Mapping[str, Domain], *, work: Path) -> str:
-    """Domains and their shares as `load_calibration` takes them: with files of their calibration documents."""
-    shares = split_mixture(data)
-    names = []
-    for domain, share in shares.items():
-        path = work / f"{domain}.jsonl"
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in domains[domain].calibration)
-        if not path.is_file() or path.read_text(encoding="utf-8") != lines:
-            write_text_atomic(path, lines)  # another cell may do the same
-        names.append(str(path) if len(shares) == 1 else f"{path}:{share}")
-    return ",".join(names)
 
 
 def draw(name: str, tokenizer: PreTrainedTokenizerBase, variant: Variant, *, seed: int) -> Calibration:

@@ -9,10 +9,12 @@ without it, on two CPU cores.
 
 import bz2
 import importlib.util
+import json
 import platform
 import re
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gisp_hf.atomic import write_text_atomic
 from gisp_hf.models.dtype import fast_dtype
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -284,3 +287,23 @@ def mixture_blocks(
         pack_blocks(domain.calibration, tokenizer, length=length, count=each, seed=seed) for domain in domains.values()
     ]
     return [block for blocks in zip(*packed) for block in blocks][:count]
+
+
+def write_mixture(domains: Mapping[str, Domain], folder: Path, *, shares: Mapping[str, Fraction] | None = None) -> str:
+    """Writes the calibration documents of domains to ``folder/NAME.jsonl``, for `gisp_hf.data.load_calibration`.
+
+    Args:
+        shares: domain -> its share of the tokens; None: equal shares.
+
+    Returns:
+        the name of the mixture.
+    """
+    shares = shares or {name: Fraction(1, len(domains)) for name in domains}
+    names = []
+    for name, share in shares.items():
+        path = folder / f"{name}.jsonl"
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in domains[name].calibration)
+        if not path.is_file() or path.read_text(encoding="utf-8") != lines:
+            write_text_atomic(path, lines)  # another process may do the same
+        names.append(str(path) if len(shares) == 1 else f"{path}:{share}")
+    return ",".join(names)

@@ -1,6 +1,7 @@
-"""Prune SmolLM2-135M-Instruct to four nested levels with a plain Trainer and one callback, and watch it happen.
+"""Prune and restore SmolLM2-135M-Instruct at four nested levels with a plain Trainer and one callback, and watch it.
 
-Calibrated on a third each of Wikipedia, news and code, and measured on other documents of all three.
+Calibrated on a third each of Wikipedia, news and code, and measured on other documents of all three. Restoration fits
+the output projections of each level anew, in closed form.
 
     make quickstart                       # or: python -m recipes.quickstart
     python -m recipes.quickstart --one-shot --output-dir runs/compared
@@ -17,6 +18,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from itertools import count
@@ -34,13 +36,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from gisp_hf import GISPConfig, GISPPruner, Trajectory
+from gisp_hf import GISPConfig, GISPPruner, RestoreConfig, Trajectory
 from gisp_hf.config import level_name
 from gisp_hf.evaluation import evaluation_mode, perplexity
 from gisp_hf.levels.info import read_levels
 from gisp_hf.models.dtype import describe_dtypes, fast_dtype
 from gisp_hf.report import format_table, plot_loss, plot_perplexity, plot_removed
-from recipes.demo_data import Domain, held_out_tokens, load_domains, load_smollm2, mixture_blocks
+from gisp_hf.training.stages import Level, Stage
+from recipes.demo_data import Domain, held_out_tokens, load_domains, load_smollm2, mixture_blocks, write_mixture
 
 FOLDER = Path("runs/quickstart")
 BATCH_SIZE = 8  # blocks in one forward pass
@@ -50,7 +53,8 @@ COLUMNS = {
     "level": "level",
     "sparsity": "sparsity",
     "parameters": "parameters",
-    "perplexity": "perplexity",
+    "pruned": "pruned",
+    "perplexity": "restored",
     "wikipedia": "wikipedia",
     "news": "news",
     "code": "code",
@@ -102,6 +106,10 @@ class LiveView(TrainerCallback):
                 use_cache=True,  # it is off during the run
             )
         self.texts[name] = str(self.tokenizer.decode(output[0], skip_special_tokens=True))
+        return self.perplexities(model)
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """On each domain, and as ``perplexity`` their geometric mean."""
         found = {domain: perplexity(model, tokens, window=WINDOW) for domain, tokens in self.held_out.items()}
         return {"perplexity": statistics.geometric_mean(found.values()), **found}
 
@@ -125,6 +133,19 @@ class LiveView(TrainerCallback):
         self._bar = None
 
 
+class BeforeRestoration(Stage):
+    """Measures each level before it is restored."""
+
+    def __init__(self, view: LiveView) -> None:
+        self.view = view
+        self.perplexity: dict[float, float] = {}
+
+    def __call__(self, level: Level) -> Level:
+        self.perplexity[level.sparsity] = self.view.perplexities(level.model)["perplexity"]
+        tqdm.write(f"{level_name(level.sparsity)} before restoration: {self.perplexity[level.sparsity]:.2f}")
+        return level
+
+
 def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -133,9 +154,17 @@ def prune(
     config: GISPConfig,
     output_dir: Path,
     view: LiveView,
-) -> GISPPruner:
-    """The part to copy: an ordinary Trainer with one more callback. Every step sees all ``blocks``."""
-    pruner = GISPPruner(config, output_dir=output_dir, evaluate=view.evaluate)
+    restore: RestoreConfig | None,
+) -> tuple[GISPPruner, dict[float, float]]:
+    """The part to copy: an ordinary Trainer with one more callback. Every step sees all ``blocks``.
+
+    Returns:
+        the pruner, and level -> perplexity before it was restored.
+    """
+    pruner = GISPPruner(config, output_dir=output_dir, evaluate=view.evaluate, restore=restore)
+    before = BeforeRestoration(view)
+    if restore is not None:  # for the table: your script needs no such stage
+        pruner.stages.insert(1, before)
     view.follow(config.sparsity_levels)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -151,7 +180,7 @@ def prune(
     )
     trainer.remove_callback(ProgressCallback)  # the view has a bar
     trainer.train()
-    return pruner
+    return pruner, before.perplexity
 
 
 def run(
@@ -162,6 +191,7 @@ def run(
     held_out: Mapping[str, torch.Tensor],
     output_dir: Path,
     config: GISPConfig,
+    restore: RestoreConfig | None = None,
     one_shot: bool = False,
     prompt: str = PROMPT,
 ) -> list[dict[str, Any]]:
@@ -169,6 +199,7 @@ def run(
 
     Args:
         held_out: domain -> tokens, as `gisp_hf.evaluation.perplexity` takes them.
+        restore: how to restore each level; None: not at all.
         one_shot: also remove all structures of each level at once from a copy, for comparison.
 
     Returns:
@@ -180,6 +211,7 @@ def run(
         "level": "dense",
         "sparsity": 0.0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "pruned": None,
         **view.measure(model, "dense"),
         "groups_removed": 0,
         "channels_removed": 0,
@@ -188,7 +220,7 @@ def run(
     print(f"dense: perplexity {dense['perplexity']:.4f}")
     print(f"dense writes: {dense['text']!r}")
     print(f"\nPruning in {config.num_steps} steps of {len(blocks)} blocks of text")
-    pruner = prune(model, tokenizer, blocks, config=config, output_dir=output_dir, view=view)
+    pruner, before = prune(model, tokenizer, blocks, config=config, output_dir=output_dir, view=view, restore=restore)
     rows = [dense]
     trajectory = Trajectory.load(output_dir)
     for level in read_levels(output_dir):
@@ -197,6 +229,7 @@ def run(
                 "level": level.name,
                 "sparsity": trajectory.sparsity_at(trajectory.prefix(level.sparsity)),
                 "parameters": level.parameters,
+                "pruned": before.get(level.sparsity),
                 **level.metrics,
                 **removed_of(trajectory, level.sparsity),
                 "text": view.texts[level.name],
@@ -207,11 +240,13 @@ def run(
         print("\nThe same score, all structures of a level at once")
         at_once = GISPConfig.from_dict({**config.to_dict(), "num_steps": 1})
         folder = output_dir / "one-shot"
-        baseline = prune(copied, tokenizer, blocks, config=at_once, output_dir=folder, view=view)
+        baseline, _ = prune(copied, tokenizer, blocks, config=at_once, output_dir=folder, view=view, restore=restore)
         for row, level in zip(rows[1:], pruner.level_metrics, strict=True):
             row["one_shot"] = baseline.level_metrics[level]["perplexity"]
 
-    columns = {key: heading for key, heading in COLUMNS.items() if one_shot or key != "one_shot"}
+    left_out = ([] if one_shot else ["one_shot"]) + ([] if restore else ["pruned"])
+    columns = {key: heading for key, heading in COLUMNS.items() if key not in left_out}
+    columns |= {} if restore else {"perplexity": "perplexity"}
     table = format_table([{"one_shot": None, **row} for row in rows], columns, formats={"sparsity": ".3f"})
     (output_dir / "results.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (output_dir / "results.md").write_text(table + "\n", encoding="utf-8")
@@ -230,7 +265,9 @@ def removed_of(trajectory: Trajectory, level: float) -> dict[str, int]:
 
 def plot(trajectory: Trajectory, rows: list[dict[str, Any]], output_dir: Path) -> None:
     dense, *pruned = rows
-    series = {"iterative (GISP)": [(row["sparsity"], row["perplexity"]) for row in pruned]}
+    series = {"pruned": [(row["sparsity"], row["perplexity"]) for row in pruned]}
+    if pruned[0]["pruned"] is not None:
+        series = {"restored": series["pruned"], "pruned": [(row["sparsity"], row["pruned"]) for row in pruned]}
     if "one_shot" in pruned[0]:
         series["one shot"] = [(row["sparsity"], row["one_shot"]) for row in pruned]
     plot_perplexity(series, output_dir / "perplexity.png", baselines={"dense": dense["perplexity"]})
@@ -288,6 +325,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: the one that this machine is fast at"
     )
+    parser.add_argument(
+        "--restore-tokens", type=int, default=8192, help="tokens of the mixture for restoration; 0: none"
+    )
     parser.add_argument("--one-shot", action="store_true", help="compare with removing all structures at once")
     options = parser.parse_args(argv)
     output_dir = options.output_dir or free_folder(FOLDER)
@@ -303,6 +343,22 @@ def main(argv: list[str] | None = None) -> None:
         f"SmolLM2-135M-Instruct, unpacked from 4 bits, and documents of three domains ({texts}): "
         f"{time.perf_counter() - start:.0f} s\n"
     )
+    with tempfile.TemporaryDirectory() as folder:
+        # load_calibration, which restoration draws with, reads files
+        data = write_mixture(domains, Path(folder)) if options.restore_tokens else None
+        run_on(model, tokenizer, domains, options, output_dir, data)
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes\n{next_steps(output_dir)}")
+
+
+def run_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    domains: Mapping[str, Domain],
+    options: argparse.Namespace,
+    output_dir: Path,
+    data: str | None,
+) -> None:
+    """The run that the options describe; ``data`` names the text for restoration."""
     run(
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         tokenizer,
@@ -313,9 +369,9 @@ def main(argv: list[str] | None = None) -> None:
         },
         output_dir=output_dir,
         config=GISPConfig(num_steps=options.num_steps),
+        restore=None if data is None else RestoreConfig(data=data, tokens=options.restore_tokens),
         one_shot=options.one_shot,
     )
-    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes\n{next_steps(output_dir)}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import json
 import re
+import statistics
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gisp_hf import GISPConfig
+from gisp_hf import GISPConfig, RestoreConfig, Trajectory
 from gisp_hf.cli.main import main as gisp_hf
 from gisp_hf.evaluation import perplexity
 from recipes import benchmark_levels, quickstart
@@ -25,6 +26,7 @@ def held_out_tokens() -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("one_shot", [False, True])
 def test_quickstart_measures_what_it_says(one_shot, tmp_path, capsys) -> None:
+    restore = None if one_shot else RestoreConfig(tokens=256)
     folder = tmp_path / "quickstart"
     rows = quickstart.run(
         tiny_model(),
@@ -33,6 +35,7 @@ def test_quickstart_measures_what_it_says(one_shot, tmp_path, capsys) -> None:
         held_out=held_out_tokens(),
         output_dir=folder,
         config=CONFIG,
+        restore=restore,
         one_shot=one_shot,
         prompt="w5 w6",
     )
@@ -52,6 +55,13 @@ def test_quickstart_measures_what_it_says(one_shot, tmp_path, capsys) -> None:
     assert table in captured.out and ("one shot" in table) == one_shot
     assert "pruning" in captured.err and "8/8" in captured.err  # 4 steps of 2 batches
     # the numbers that were measured on the way are those of the checkpoints that lie there
+    assert all((row["pruned"] is None) == one_shot for row in (mild, strong))
+    if restore is not None:  # the order, and what it gives unrestored, are those of a run without restoration
+        trajectory = Trajectory.load(folder)
+        unrestored = trajectory.apply(tiny_model(), sparsity=0.5)
+        values = [perplexity(unrestored, tokens, window=256) for tokens in held_out_tokens().values()]
+        assert strong["pruned"] == pytest.approx(statistics.geometric_mean(values), rel=1e-5)
+        assert strong["pruned"] != strong["perplexity"] and "before restoration" in captured.out
     for row in (mild, strong):
         saved = AutoModelForCausalLM.from_pretrained(folder / row["level"])
         for domain, tokens in held_out_tokens().items():
@@ -99,7 +109,7 @@ def test_the_commands_work_as_their_headers_say(tmp_path, monkeypatch, capsys) -
     with pytest.raises(SystemExit):
         benchmark_levels.main([])
     assert "make quickstart" in capsys.readouterr().err
-    small = ["--num-steps", "4", "--num-blocks", "8", "--test-tokens", "512"]
+    small = ["--num-steps", "4", "--num-blocks", "8", "--test-tokens", "512", "--restore-tokens", "768"]
     quickstart.main(small)
     first = capsys.readouterr().out
     assert re.match(r"(float32|bfloat16) weights \(float32 [\d,.]+, bfloat16 [\d,.]+ GFLOP/s\)", first)
