@@ -52,7 +52,7 @@ $(VENV)/.demo: setup.cfg
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/pip install --quiet --editable ".[demo,plots,eval,dev]"
+	$(BIN)/pip install --quiet --editable ".[demo,plots,eval,trl,quantized,dev]"
 	touch $@
 
 clean:

@@ -41,9 +41,10 @@ class PruneArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
     data: str = field(
-        default="c4",
+        default="c4:0.5,gsm8k:0.25,cmqa:0.25",  # one domain alone costs all others: docs/compare.md
         metadata={
-            "help": "c4, wikitext2, cmqa, gsm8k, owner/name[:config] on the Hub, or a .jsonl, .parquet or .txt file."
+            "help": "c4, wikitext2, cmqa, gsm8k, owner/name[:config] on the Hub, a .jsonl, .parquet or .txt file, or a "
+            "mixture of these with their shares of the tokens."
         },
     )
     objective: str = field(

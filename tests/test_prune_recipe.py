@@ -11,6 +11,8 @@ import torch
 import yaml
 
 from gisp_hf import GISPConfig, Trajectory
+from gisp_hf.data.shares import split_mixture
+from gisp_hf.data.sources import choose_objective, find_sources
 from recipes import prune
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -183,3 +185,11 @@ def test_launch_files_are_what_accelerate_reads(path) -> None:
 
 def test_slurm_script_is_shell() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "recipes" / "accelerate" / "slurm.sh")], check=True)
+
+
+def test_the_default_data_are_a_mixture_that_language_modelling_can_use() -> None:
+    chosen, _ = prune.parse(["--model_name", "a/b", "--output_dir", "out", "--use_cpu", "true"])
+    shares = split_mixture(chosen.data)
+    assert len(shares) > 1 and sum(shares.values()) == 1
+    for part in shares:
+        assert choose_objective(part, find_sources(part, revision=None), "language_modeling") == "language_modeling"
