@@ -1,5 +1,6 @@
 """Shared by the subcommands: finding a run, printing, and common help texts."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,21 @@ LICENSE_HELP = (
     "model, if its card is {where}; else the cards name none). A README.md in the folder of the run or of a level "
     "is the card of main or of that level, unless this option is given"
 )
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name the unpruned model, and the revision of the run's repository."""
+    parser.add_argument(
+        "--base-model",
+        metavar="ID_OR_FOLDER",
+        help="the unpruned model, on the Hub or in a folder, with safetensors (default: the one the trajectory names)",
+    )
+    parser.add_argument(
+        "--base-revision",
+        metavar="NAME",
+        help="branch, tag or commit of the base model (default: the one the trajectory names)",
+    )
+    parser.add_argument("--revision", metavar="NAME", help=REVISION_HELP)
 
 
 def say(text: str, *, end: str = "\n") -> None:

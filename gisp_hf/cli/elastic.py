@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from gisp_hf.cli.common import REVISION_HELP, SOURCE_HELP, run_folder, say
+from gisp_hf.cli.common import SOURCE_HELP, add_base_options, run_folder, say
 from gisp_hf.levels.elastic import FACTS_FILE
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT
@@ -55,17 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="also keep the base model's output projections, for full width; a larger file (default: do not)",
     )
     parser.add_argument("--seed", type=int, metavar="N", default=DEFAULT.seed, help="of the drawing (default: 0)")
-    parser.add_argument(
-        "--base-model",
-        metavar="ID_OR_FOLDER",
-        help="the unpruned model, on the Hub or in a folder, with safetensors (default: the one the trajectory names)",
-    )
-    parser.add_argument(
-        "--base-revision",
-        metavar="NAME",
-        help="branch, tag or commit of the base model (default: the one the trajectory names)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help=REVISION_HELP)
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gisp_hf.cli.common import DTYPES, REVISION_HELP, SOURCE_HELP, run_folder, say
+from gisp_hf.cli.common import DTYPES, SOURCE_HELP, add_base_options, run_folder, say
 from gisp_hf.levels.materialize import materialize
 from gisp_hf.pruning.trajectory import Trajectory
 
@@ -23,17 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="share of the decoder layers' parameters to leave out, between 0 and 1 (required)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist (required)")
-    parser.add_argument(
-        "--base-model",
-        metavar="ID_OR_FOLDER",
-        help="the unpruned model, on the Hub or in a folder, with safetensors (default: the one the trajectory names)",
-    )
-    parser.add_argument(
-        "--base-revision",
-        metavar="NAME",
-        help="branch, tag or commit of the base model (default: the one the trajectory names)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help=REVISION_HELP)
+    add_base_options(parser)
     parser.add_argument(
         "--channel-multiple",
         type=int,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gisp_hf.cli.common import REVISION_HELP, SOURCE_HELP, run_folder, say
+from gisp_hf.cli.common import SOURCE_HELP, add_base_options, run_folder, say
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.folder import restore_level
 from gisp_hf.recovery.record import Restoration
@@ -64,17 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--spill", action="store_true", help="keep hidden states in temporary files (default: in host memory)"
     )
     parser.add_argument("--device", metavar="NAME", help="where layers run: cuda, cpu ... (default: a GPU if there is)")
-    parser.add_argument(
-        "--base-model",
-        metavar="ID_OR_FOLDER",
-        help="the unpruned model, on the Hub or in a folder, with safetensors (default: the one the trajectory names)",
-    )
-    parser.add_argument(
-        "--base-revision",
-        metavar="NAME",
-        help="branch, tag or commit of the base model (default: the one the trajectory names)",
-    )
-    parser.add_argument("--revision", metavar="NAME", help=REVISION_HELP)
+    add_base_options(parser)
     parser.add_argument("--plot", metavar="FILE", help="picture of the error per layer, png or svg (default: none)")
 
 
