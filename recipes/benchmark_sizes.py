@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from gisp_hf import GISPConfig, Trajectory
 from gisp_hf.atomic import write_text_atomic
+from gisp_hf.data.shares import split_mixture
 from gisp_hf.evaluation import measure_speed, perplexity
 from gisp_hf.models import discover
 from gisp_hf.models.dtype import fast_dtype
@@ -37,7 +38,7 @@ from recipes.benchmark_pruning import SHAPES
 from recipes.calibrated_run import prune
 from recipes.compare import CONFIG, EVALUATION_BATCH, Comparison, draw, environment, load_model, read_config
 from recipes.compare_results import geometric_mean
-from recipes.demo_data import DOMAINS, held_out_tokens, load_domain
+from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, write_mixture
 
 MULTIPLES = (1, 8, 32, 64, 128)
 LEVELS = (0.3, 0.5)
@@ -52,7 +53,8 @@ def make_trajectory(
     """Prunes ``model`` once, past the last level."""
     work.mkdir(parents=True, exist_ok=True)
     domains = {name: load_domain(name) for name in DOMAINS}
-    calibration = draw(setup.calibrations["mixture"], domains, tokenizer, setup, seed=setup.seeds[0], work=work)
+    name = write_mixture(domains, work, shares=split_mixture(setup.calibrations["mixture"]))
+    calibration = draw(name, tokenizer, setup.variant(setup.methods[0]), seed=setup.seeds[0])
     config = GISPConfig(
         method=setup.methods[0],
         sparsity_levels=(*setup.levels, round(setup.levels[-1] + BEYOND, 4)),

@@ -87,8 +87,8 @@ def test_where_bfloat16_orders_differ_only_near_ties_do(tmp_path, record_propert
     for half in (blocks[:8], blocks[8:]):
         ids = torch.stack([block["input_ids"] for block in half])
         (model(input_ids=ids, labels=ids).loss / 2).backward()
-    engine.watch()
-    engine.accumulate()
+    with engine.watch():
+        engine.accumulate()
     scores = torch.cat([score for score in engine.scores if score is not None])
     engine.advance(0.5)
     scored = [number for number, score in enumerate(engine.scores) if score is not None]
@@ -148,12 +148,12 @@ def test_fsdp2_shards_give_the_order_of_one_process(family, tmp_path) -> None:
     model = tiny_model(family)
     engine = Engine(model, discover(model), tiny_config(sparsity_levels=(0.2, 0.4)), shrink=False)
     ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
-    engine.watch()
-    for target in (0.1, 0.2, 0.3, 0.4):
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        engine.accumulate()
-        engine.advance(target)
+    with engine.watch():
+        for target in (0.1, 0.2, 0.3, 0.4):
+            model.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            engine.accumulate()
+            engine.advance(target)
     result = launch("fsdp2", tmp_path, processes=2, family=family)
     assert result.returncode == 0, result.stderr
     found = Trajectory.load(tmp_path)

@@ -111,4 +111,6 @@ def test_ranks_are_the_order(tmp_path) -> None:
 
 
 def test_the_public_face_is_the_documented_one() -> None:
-    assert set(gisp_hf.__all__) == {"GISPConfig", "GISPPruner", "Trajectory", "__version__", "load_level", "prune"}
+    classes = {"GISPConfig", "GISPPruner", "RestoreConfig", "Trajectory"}
+    functions = {"load_level", "prune", "restore", "restore_level", "scoring_only"}
+    assert set(gisp_hf.__all__) == {*classes, *functions, "__version__"}

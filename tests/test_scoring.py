@@ -65,8 +65,8 @@ def test_scores_equal_their_definition(family) -> None:
     engine = Engine(model, discover(model), GISPConfig(protect_first=0, protect_last=0, sparsity_levels=(0.2,)))
     attention, mlp = engine.layout.blocks
     costs = (attention.cost, mlp.cost)
-    engine.watch()
-    engine.accumulate()
+    with engine.watch():
+        engine.accumulate()
     torch.testing.assert_close(engine.scores[0], torch.tensor(groups) / costs[0], rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(engine.scores[1], torch.tensor(channels) / costs[1], rtol=1e-4, atol=1e-9)
 
