@@ -98,6 +98,13 @@ class GISPConfig:
             "the channels removed last."
         },
     )
+    group_multiple: int = field(
+        default=1,
+        metadata={
+            "help": "Key/value groups kept per layer are a multiple of this, such as the number of devices of tensor "
+            "parallelism: rounded up, by giving back the groups removed last. Must divide the groups of the model."
+        },
+    )
     method: str = field(
         default="gisp",
         metadata={"help": f"How structures are scored and chosen: {', '.join(METHODS)}."},
@@ -134,6 +141,7 @@ class GISPConfig:
                 f"minimum_kept must map kinds to counts, such as {{'attention': 2}}, got {self.minimum_kept!r}"
             )
         counts = {"num_steps": self.num_steps, "channel_multiple": self.channel_multiple}
+        counts |= {"group_multiple": self.group_multiple}
         counts |= {f"minimum_kept[{kind!r}]": count for kind, count in self.minimum_kept.items()}
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -215,8 +223,8 @@ class GISPConfig:
 
     @property
     def multiples(self) -> dict[str, int]:
-        """Kind -> what the number of its structures that a layer keeps is a multiple of, where that is not 1."""
-        return multiples_of(self.channel_multiple)
+        """Kind -> what the number of its structures that a layer keeps is a multiple of."""
+        return multiples_of(self.channel_multiple, self.group_multiple)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "sparsity_levels": list(self.sparsity_levels)}
@@ -244,9 +252,9 @@ def _least(kind: str) -> int:
     return 0 if kind_of(kind).whole else 1
 
 
-def multiples_of(channel_multiple: int) -> dict[str, int]:
-    """The multiples by kind (see `GISPConfig.multiples`) that a ``channel_multiple`` stands for."""
-    return {"mlp": channel_multiple}
+def multiples_of(channel_multiple: int, group_multiple: int = 1) -> dict[str, int]:
+    """The multiples by kind (see `GISPConfig.multiples`) that the two settings stand for."""
+    return {"mlp": channel_multiple, "attention": group_multiple}
 
 
 def level_name(sparsity: float) -> str:

@@ -31,6 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="round the MLP channels kept per layer up to a multiple of this; 64 or 128 suits GPUs (default: as in the "
         "run)",
     )
+    parser.add_argument(
+        "--group-multiple",
+        type=int,
+        metavar="N",
+        help="round the key/value groups kept per layer up to a multiple of this, such as the number of devices of "
+        "tensor parallelism (default: as in the run)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the base model's checkpoint)")
 
 
@@ -43,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
         base_revision=options.base_revision,
         revision=options.revision,
         channel_multiple=options.channel_multiple,
+        group_multiple=options.group_multiple,
         dtype=DTYPES.get(options.dtype),
     )
     reached = Trajectory.load(folder).highest_sparsity()

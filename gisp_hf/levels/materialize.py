@@ -73,6 +73,7 @@ def load_level(
     base_revision: str | None = None,
     revision: str | None = None,
     channel_multiple: int | None = None,
+    group_multiple: int | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     token: str | None = None,
@@ -91,6 +92,7 @@ def load_level(
         base_revision: the revision of that model; the one the trajectory names if ``base_model`` is its model.
         revision: a branch, tag or commit of the trajectory's repository; ``main`` if None.
         channel_multiple: channels kept per layer are rounded up to a multiple of this; by default as in the run.
+        group_multiple: the same of key/value groups; it must divide those of the unpruned model.
         dtype: of the weights; as ``from_pretrained`` would choose for the unpruned model if None.
         device: where the model goes once it is complete; the CPU if None.
         token: for private or gated repositories; the one you are logged in with if None.
@@ -107,7 +109,7 @@ def load_level(
             that loaded its model in float16 fits only a checkpoint that is stored in float16.
     """
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
-    level = _up_to(trajectory, sparsity, channel_multiple)
+    level = _up_to(trajectory, sparsity, channel_multiple, group_multiple)
     base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
     calibration = None
     if restore is not None:
@@ -136,6 +138,7 @@ def materialize(
     base_revision: str | None = None,
     revision: str | None = None,
     channel_multiple: int | None = None,
+    group_multiple: int | None = None,
     dtype: torch.dtype | None = None,
     token: str | None = None,
     endpoint: str | None = None,
@@ -156,7 +159,7 @@ def materialize(
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
-    level = _up_to(trajectory, sparsity, channel_multiple)
+    level = _up_to(trajectory, sparsity, channel_multiple, group_multiple)
     base = open_base_of(level, base_model, base_revision, token=token, endpoint=endpoint)
     tokenizer = load_tokenizer_of(base)  # before the weights, which take time
     model = cut_level(level, base, dtype)
@@ -209,17 +212,25 @@ def load_tokenizer_of(base: Files) -> PreTrainedTokenizerBase | None:
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _up_to(trajectory: Trajectory, sparsity: float, channel_multiple: int | None) -> Trajectory:
+def _up_to(
+    trajectory: Trajectory, sparsity: float, channel_multiple: int | None, group_multiple: int | None
+) -> Trajectory:
     """The part of a trajectory that leads to a level, and no more: its end is the level."""
     if channel_multiple is not None and channel_multiple < 1:
         raise ValueError(f"channel_multiple must be at least 1, got {channel_multiple}; 64 or 128 suits GPUs")
+    if group_multiple is not None and group_multiple < 1:
+        raise ValueError(f"group_multiple must be at least 1, got {group_multiple}; give the number of devices")
     warn_if_compensated(trajectory.config)
-    multiple = channel_multiple or trajectory.config.channel_multiple
-    length = trajectory.prefix(sparsity, channel_multiple=multiple)
+    config = replace(
+        trajectory.config,
+        channel_multiple=channel_multiple or trajectory.config.channel_multiple,
+        group_multiple=group_multiple or trajectory.config.group_multiple,
+    )
+    length = replace(trajectory, config=config).prefix(sparsity)
     return replace(
         trajectory,
         order=tuple(torch.where(positions < length, positions, -1) for positions in trajectory.order),
-        config=replace(trajectory.config, channel_multiple=multiple),
+        config=config,
         steps=tuple(step for step in trajectory.steps if step.target < sparsity - 1e-9),  # those before the level's own
         restoration=None,  # what is cut out of the base has the weights of the base
     )

@@ -13,6 +13,8 @@ import torch
 from gisp_hf.config import GISPConfig, protected_layers
 from gisp_hf.models.layout import Block, Layout, kind_of
 
+SETTINGS = {"mlp": "channel_multiple", "attention": "group_multiple"}  # kind -> the setting that names its multiple
+
 
 def minimum_kept(layout: Layout, config: GISPConfig) -> list[int]:
     """Structures that each block must keep: all of a protected block's, the configured minimum of the others."""
@@ -49,10 +51,16 @@ def kept_counts(
     kept = [kept_structures(block, count, multiples) for block, count in zip(layout.blocks, ordered)]
     for kind in layout.kinds if uniform else ():
         numbers = layout.of_kind(kind.name)
-        most = plain_size(max(kept[number] for number in numbers), layout.plain_sizes.get(kind.name, ()))
+        most = plain_size(max(kept[number] for number in numbers), allowed_sizes(layout, kind.name, multiples))
         for number in numbers:
             kept[number] = most
     return kept
+
+
+def allowed_sizes(layout: Layout, kind: str, multiples: Mapping[str, int]) -> list[int]:
+    """The plain sizes of a kind (`Layout.plain_sizes`) that are multiples, and the full one; empty: any will do."""
+    sizes = layout.plain_sizes.get(kind, ())
+    return [size for size in sizes if size % multiples.get(kind, 1) == 0 or size == sizes[-1]]
 
 
 def plain_size(count: int, sizes: Sequence[int]) -> int:
@@ -130,18 +138,25 @@ def highest_sparsity(
 
 
 def check_multiples(layout: Layout, multiples: Mapping[str, int]) -> None:
-    """Refuses a rounding that has nothing to round.
+    """Refuses a rounding that has nothing to round, and a multiple of groups that a layer of full size is not.
 
     Raises:
-        ValueError: with the kinds of structure that there are.
+        ValueError: with the kinds of structure that there are, or with the groups of a layer.
     """
     for kind, multiple in multiples.items():
+        setting = f"{SETTINGS.get(kind, kind)}={multiple}"
         if multiple > 1 and not layout.of_kind(kind):
             removed = ", ".join(kind.plural for kind in layout.kinds)
             raise ValueError(
-                f"channel_multiple={multiple} rounds the number of {kind_of(kind).plural}, but only {removed} are "
-                "removed; leave it out"
+                f"{setting} rounds the number of {kind_of(kind).plural}, but only {removed} are removed; leave it out"
             )
+    sizes = {layout.blocks[number].size for number in layout.of_kind("attention")}
+    multiple = multiples.get("attention", 1)
+    if odd := sorted(size for size in sizes if multiple > 1 and size % multiple):
+        raise ValueError(
+            f"group_multiple={multiple} does not divide the {odd[0]} key/value groups of a layer, which a layer that "
+            f"loses none keeps; use a divisor of {math.gcd(*sizes)}"
+        )
 
 
 def check_reachable(layout: Layout, config: GISPConfig) -> None:
@@ -168,7 +183,7 @@ def check_reachable(layout: Layout, config: GISPConfig) -> None:
             f"sparsity {config.sparsity_levels[-1]:g} cannot be reached: with prune={config.prune!r}, "
             f"protect_first={config.protect_first:g}, protect_last={config.protect_last:g}, "
             f"minimum_kept={{{least}}}, channel_multiple={config.channel_multiple}, "
-            f"layout={config.layout!r} the highest is "
+            f"group_multiple={config.group_multiple}, layout={config.layout!r} the highest is "
             f"{math.floor(highest * 1e4) / 1e4:.4f}. Lower the level, or protect fewer layers"
         )
     if len(config.sparsity_levels) > removable:

@@ -168,9 +168,11 @@ class Trajectory:
             digest.update(positions.numpy().tobytes())
         return digest.hexdigest()
 
-    def sparsity_at(self, length: int, *, channel_multiple: int | None = None) -> float:
+    def sparsity_at(
+        self, length: int, *, channel_multiple: int | None = None, group_multiple: int | None = None
+    ) -> float:
         """The sparsity after the first ``length`` removals (a fraction of the decoder layers' parameters)."""
-        multiples = self._multiples(channel_multiple)
+        multiples = self._multiples(channel_multiple, group_multiple)
         return self._gone(length, multiples) / self.layout.total
 
     def _gone(self, length: int, multiples: Mapping[str, int]) -> int:
@@ -186,15 +188,18 @@ class Trajectory:
         """
         return 1 - (1 - sparsity) * self.layout.total / (self.base.unpruned or self.layout.total)
 
-    def _multiples(self, channel_multiple: int | None) -> dict[str, int]:
-        multiples = self.config.multiples if channel_multiple is None else multiples_of(channel_multiple)
+    def _multiples(self, channel_multiple: int | None, group_multiple: int | None) -> dict[str, int]:
+        multiples = multiples_of(
+            self.config.channel_multiple if channel_multiple is None else channel_multiple,
+            self.config.group_multiple if group_multiple is None else group_multiple,
+        )
         check_multiples(self.layout, multiples)
         return multiples
 
-    def highest_sparsity(self, *, channel_multiple: int | None = None) -> float:
-        return self.sparsity_at(len(self), channel_multiple=channel_multiple)
+    def highest_sparsity(self, *, channel_multiple: int | None = None, group_multiple: int | None = None) -> float:
+        return self.sparsity_at(len(self), channel_multiple=channel_multiple, group_multiple=group_multiple)
 
-    def prefix(self, sparsity: float, *, channel_multiple: int | None = None) -> int:
+    def prefix(self, sparsity: float, *, channel_multiple: int | None = None, group_multiple: int | None = None) -> int:
         """The fewest removals that reach ``sparsity``.
 
         Raises:
@@ -202,7 +207,7 @@ class Trajectory:
         """
         if not 0 < sparsity < 1:
             raise ValueError(f"sparsity must lie in (0, 1), got {sparsity:g}; 20 % is written 0.2")
-        multiples = self._multiples(channel_multiple)
+        multiples = self._multiples(channel_multiple, group_multiple)
         budget = parameter_budget(self.layout, sparsity)
 
         def gone(length: int) -> int:
@@ -210,33 +215,46 @@ class Trajectory:
 
         low, high = 0, len(self)
         if gone(high) < budget:
+            groups = f", group_multiple={multiples['attention']}" if multiples["attention"] > 1 else ""
             raise ValueError(
                 f"sparsity {sparsity:g} lies beyond this trajectory: it ends at {gone(high) / self.layout.total:.4f} "
-                f"with channel_multiple={channel_multiple or self.config.channel_multiple}; ask for less, or "
-                "prune to a higher level"
+                f"with channel_multiple={multiples['mlp']}{groups}; ask for less, or prune to a higher level"
             )
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if gone(middle) >= budget else (middle + 1, high)
         return low
 
-    def kept(self, sparsity: float, *, channel_multiple: int | None = None) -> list[torch.Tensor]:
+    def kept(
+        self, sparsity: float, *, channel_multiple: int | None = None, group_multiple: int | None = None
+    ) -> list[torch.Tensor]:
         """Per block, the increasing indices of the structures that stay at ``sparsity``."""
-        return self.kept_at(self.prefix(sparsity, channel_multiple=channel_multiple), channel_multiple=channel_multiple)
+        length = self.prefix(sparsity, channel_multiple=channel_multiple, group_multiple=group_multiple)
+        return self.kept_at(length, channel_multiple=channel_multiple, group_multiple=group_multiple)
 
-    def kept_at(self, length: int, *, channel_multiple: int | None = None) -> list[torch.Tensor]:
+    def kept_at(
+        self, length: int, *, channel_multiple: int | None = None, group_multiple: int | None = None
+    ) -> list[torch.Tensor]:
         """Per block, the increasing indices of the structures that stay after the first ``length`` removals."""
-        multiples = self._multiples(channel_multiple)
+        multiples = self._multiples(channel_multiple, group_multiple)
         masks = removed_masks(self.layout, self.order, length=length, multiples=multiples, uniform=self.config.uniform)
         return [(~mask).nonzero().squeeze(1) for mask in masks]
 
-    def apply(self, model: PreTrainedModel, *, sparsity: float, channel_multiple: int | None = None) -> PreTrainedModel:
+    def apply(
+        self,
+        model: PreTrainedModel,
+        *,
+        sparsity: float,
+        channel_multiple: int | None = None,
+        group_multiple: int | None = None,
+    ) -> PreTrainedModel:
         """Slices the base model, in place, down to any sparsity up to the highest.
 
         Args:
             model: the model that this trajectory was made from, unpruned.
             sparsity: a fraction of the decoder layers' parameters.
             channel_multiple: channels kept per layer are rounded up to a multiple of this; by default as in the run.
+            group_multiple: the same of key/value groups.
 
         Returns:
             The same object, now of the pruned class, ready for ``save_pretrained`` and ``generate``.
@@ -244,7 +262,7 @@ class Trajectory:
         Raises:
             ValueError: if the model is not the base, or the sparsity cannot be reached.
         """
-        kept = self.kept(sparsity, channel_multiple=channel_multiple)
+        kept = self.kept(sparsity, channel_multiple=channel_multiple, group_multiple=group_multiple)
         self.check_base(model)
         warn_if_compensated(self.config)
         slice_structures(model, self.discover(model), kept)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from gisp_hf.models.layout import Layout
-from gisp_hf.pruning.selection import kept_structures, plain_size
+from gisp_hf.pruning.selection import allowed_sizes, kept_structures, plain_size
 
 
 def select_rounds(
@@ -65,7 +65,7 @@ class _Rounds:
         self.numbers = numbers
         self.block = layout.blocks[numbers[0]]
         self.cost = sum(layout.blocks[number].cost for number in numbers)
-        self.multiples, self.sizes = multiples, layout.plain_sizes.get(self.block.kind, ())
+        self.multiples, self.sizes = multiples, allowed_sizes(layout, self.block.kind, multiples)
         self.ordered = int((order[numbers[0]] >= 0).sum())  # rounds that stand in the order
         self.most = self.block.size - minimum[numbers[0]]
         self.taken = 0
