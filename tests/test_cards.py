@@ -241,7 +241,7 @@ def test_plain_numbers_are_shown_where_there_are_no_results(trajectory: Trajecto
 def test_the_code_in_the_cards_runs(run: Path, trajectory: Trajectory, levels: list[LevelInfo]) -> None:
     """With the repository's name replaced by folders, as nothing is on the Hub."""
     for text in (main_card(trajectory, levels, repo_id=REPO), level_card(trajectory, levels[1], repo_id=REPO)):
-        load, remote, cut = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        load, remote, cut, adapt = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
         for source in (load, remote):
             assert source.count(f'"{REPO}"') == source.count('revision="sparsity-0.50"') > 0
             compile(source, "card", "exec")
@@ -250,6 +250,9 @@ def test_the_code_in_the_cards_runs(run: Path, trajectory: Trajectory, levels: l
         exec(source, names)
         assert names["model"].num_parameters() == levels[1].parameters
         assert names["tokenizer"]("w5")["input_ids"] == [5]
+        exec(adapt, names)
+        trained = {name.split(".lora_")[0] for name, p in names["adapted"].named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * LAYERS and all(name.endswith(("q_proj", "v_proj")) for name in trained)
         base = f", base_model={str(run.parent / 'base')!r})"
         exec(cut.replace(f'"{REPO}"', repr(str(run))).replace(")", base), names)
         assert levels[1].parameters < names["model"].num_parameters()
