@@ -141,14 +141,11 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
     """The model that a PEFT model wraps, with the adapters added to its weights. ``model`` cannot be used afterwards.
 
     The sums are taken in float32, which adapted layers then have, so that weights are rounded once, when they are saved.
-
-    Raises:
-        ValueError: if a merged weight is not finite.
     """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.get_base_layer().float()
-    return model.merge_and_unload(safe_merge=True).eval()  # type: ignore[operator, return-value]
+    return model.merge_and_unload().eval()  # type: ignore[operator, return-value]
 
 
 def _check_untied(model: PeftModel) -> None:
