@@ -6,10 +6,10 @@
     accelerate launch --num_processes 2 -m recipes.recover   # trains on two processes, after --prepare
     python -m recipes.recover --report                       # the table again, from the results that are there
 
-The ways: the level as it is; restored in closed form; LoRA by language modelling; LoRA by distillation from the unpruned
-model; and both kinds of LoRA after restoration. All trainings take the same wall time, and see the calibration documents
-of a third of each domain; the table also counts the seconds of restoration. Prunes as `recipes.restore_study` does, in
-its folder. A cell is one JSON file in recipes/results/recover; one whose file is there does not run again.
+The ways: the level as it is; restored in closed form; LoRA by language modelling; LoRA by distillation from the
+unpruned model; and both kinds of LoRA after restoration. All trainings take the same wall time, on a third of text of
+each domain; the table also counts the seconds of restoration. Prunes as `recipes.restore_study` does, in its folder.
+A cell is one JSON file in recipes/results/recover; one whose file is there does not run again.
 Hardware: two CPU cores, 6 GB of memory. Time: pruning once, then for each level restoration and four trainings.
 """
 

@@ -82,9 +82,7 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     return list({cell.file: cell for cell in found}.values())
 
 
-def draw(
-    data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int = BLOCK
-) -> Calibration:
+def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int = BLOCK) -> Calibration:
     """Calibration text of some domains, by their shares of the tokens, from files of their documents."""
     for domain in DOMAINS:
         path = work / f"{domain}.jsonl"

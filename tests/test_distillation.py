@@ -106,7 +106,10 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path, batch_size, accum
     student, wanted = pruned_copy(teacher), pruned_copy(teacher)
     blocks = uneven_blocks()
     ids, labels = (torch.stack([block[key] for block in blocks]) for key in ("input_ids", "labels"))
-    sums = [by_loops(wanted(row[None]).logits, teacher(row[None]).logits, l[None]) for row, l in zip(ids, labels)]
+    sums = [
+        by_loops(wanted(row[None]).logits, teacher(row[None]).logits, row_labels[None])
+        for row, row_labels in zip(ids, labels)
+    ]
     expected = sum(total for total, _ in sums) / sum(count for _, count in sums)
     forward_kl(wanted(ids), teacher(ids), labels).backward()
     keep = KeepGradients()

@@ -187,7 +187,10 @@ def test_adapters_on_tied_weights_are_refused(tmp_path) -> None:
     pruner = prune(model, tmp_path / "run", config=tiny_config(num_steps=1, sparsity_levels=(0.2,)))
     with pytest.raises(ValueError, match="the adapter would change both"):
         recover(
-            pruner.level_folders[0.2], tmp_path / "out" / LEVEL, lora=LoraConfig(target_modules=["lm_head"]), max_steps=1
+            pruner.level_folders[0.2],
+            tmp_path / "out" / LEVEL,
+            lora=LoraConfig(target_modules=["lm_head"]),
+            max_steps=1,
         )
 
 

@@ -140,7 +140,7 @@ def recover_level(
 def merge_adapters(model: PeftModel) -> PreTrainedModel:
     """The model that a PEFT model wraps, with the adapters added to its weights. ``model`` cannot be used afterwards.
 
-    The sums are taken in float32, which adapted layers then have, so that weights are rounded once, when they are saved.
+    Adapted layers are in float32 afterwards, so that weights are rounded once, when they are saved.
     """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
