@@ -95,7 +95,6 @@ def test_the_record(made) -> None:
     assert record.lora["r"] == 8 and record.lora["target_modules"] == ["q_proj", "v_proj"]
     assert record.training["learning_rate"] == 1e-2 and record.training["world_size"] == 1
     assert record.loss == pytest.approx(sum(made.watch.losses) / 4, abs=1e-3)
-    assert made.watch.losses[-1] < made.watch.losses[0]
     assert record.data["tokens"] == 512
     damaged = made.distilled.parent.parent / "damaged"
     damaged.mkdir()
