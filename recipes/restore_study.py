@@ -82,7 +82,7 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     return list({cell.file: cell for cell in found}.values())
 
 
-def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path) -> Calibration:
+def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int = BLOCK) -> Calibration:
     """Calibration text of some domains, by their shares of the tokens, from files of their documents."""
     for domain in DOMAINS:
         path = work / f"{domain}.jsonl"
@@ -90,7 +90,7 @@ def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path) -> Ca
             lines = (json.dumps({"text": text}) + "\n" for text in load_domain(domain).calibration)
             write_text_atomic(path, "".join(lines))
         data = data.replace(domain, str(path))
-    return load_calibration(data, tokenizer, tokens=tokens, block_size=BLOCK, seed=seed)
+    return load_calibration(data, tokenizer, tokens=tokens, block_size=block_size, seed=seed)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
 from gisp_hf import GISPPruner, RestoreConfig, prune
+from tests.lora import Watch, recover
 from tests.runs import make_trainer, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
 
@@ -133,6 +134,21 @@ def uneven_blocks() -> list[dict[str, torch.Tensor]]:
     return blocks
 
 
+def run_recover(folder: Path, options: dict) -> None:
+    """Adapters on a level, with its base as the teacher: as many blocks a step as one process has."""
+    watch = Watch()
+    recover(
+        Path(options["level"]),
+        folder / "out",
+        teacher=AutoModelForCausalLM.from_pretrained(options["base"]),
+        callbacks=[watch],
+        per_device_train_batch_size=4 // int(os.environ["WORLD_SIZE"]),
+        ddp_timeout=60,
+    )
+    if os.environ["RANK"] == "0":
+        (folder / "losses.json").write_text(json.dumps(watch.losses))
+
+
 def run_fsdp2(folder: Path, options: dict) -> None:
     """The engine on a model sharded by fully_shard; Accelerate itself does not shard on a CPU."""
     from torch.distributed.fsdp import fully_shard
@@ -219,4 +235,5 @@ def run_restore(folder: Path, options: dict) -> None:
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    {"ddp": run_ddp, "fsdp2": run_fsdp2, "restore": run_restore}[sys.argv[1]](Path(sys.argv[2]), settings)
+    modes = {"ddp": run_ddp, "fsdp2": run_fsdp2, "recover": run_recover, "restore": run_restore}
+    modes[sys.argv[1]](Path(sys.argv[2]), settings)

@@ -21,6 +21,7 @@ ORDER = [
     "training",
     # the re-fit itself reads single tensors of a checkpoint; levels are built with it
     *("levels.files", "levels.weights", "recovery.grams", "recovery.hidden", "recovery.config", "recovery.record"),
+    "recovery.lora_record",
     *("recovery.batches", "recovery.layers", "recovery.fit", "recovery.restore"),
     "levels",
     "recovery",
@@ -115,9 +116,11 @@ def test_maths_stays_free_of_hugging_face() -> None:
         "recovery/config",
         "recovery/grams",
         "recovery/hidden",
+        "recovery/lora_record",
         "recovery/record",
         "losses/objectives",
         "losses/chunked",
+        "losses/distillation",
     ):
         path = PACKAGE / f"{name}.py"
         tree = ast.parse(path.read_text(encoding="utf-8"))

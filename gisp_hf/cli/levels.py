@@ -25,14 +25,14 @@ def run(options: argparse.Namespace) -> None:
             "parameters": level.parameters,
             "decoder": level.decoder_parameters,
             "restored": "yes" if level.restored else "no",
+            "recovered": "yes" if level.recovered else "no",
             **{f"metric {key}": level.metrics.get(key) for key in metrics},
             "commit": level.commit,
         }
         for level in levels
     ]
     columns = {"name": "level", "sparsity": "sparsity", "parameters": "parameters", "decoder": "in decoder layers"}
-    if any(level.restored for level in levels):
-        columns["restored"] = "restored"
+    columns |= {key: key for key in ("restored", "recovered") if any(getattr(level, key) for level in levels)}
     columns |= {f"metric {key}": key for key in metrics}
     if any(level.commit for level in levels):
         columns["commit"] = "commit"

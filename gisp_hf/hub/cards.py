@@ -107,6 +107,8 @@ def main_card(
         facts={
             "levels": list(levels),
             "restored": any(level.restored for level in levels),
+            "recovered": any(level.recovered for level in levels),
+            "recovered_names": ", ".join(f"`{level.name}`" for level in levels if level.recovered),
             "shown": shown,
             "branch": shown.name,
             "gguf": None,
@@ -167,6 +169,7 @@ def level_card(
         facts={
             "level": level,
             "restored": level.restored,
+            "recovered": level.recovered,
             "branch": level.name,
             "gguf": gguf,
             "gguf_file": gguf or gguf_name(repo_id, level.name),

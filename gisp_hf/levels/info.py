@@ -25,6 +25,7 @@ from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
 from gisp_hf.levels.files import CONFIG_FILE, INDEX_FILE, checked_token, read_weight_map
 from gisp_hf.pruning.trajectory import FACTS_FILE, Trajectory
+from gisp_hf.recovery.lora_record import is_recovered
 from gisp_hf.recovery.record import is_restored
 from gisp_hf.untrusted import TOTAL, check_model_config, check_whole, odd_contents, printable, read_json
 from gisp_hf.version import __version__
@@ -37,6 +38,7 @@ METRICS_FILE = "metrics.json"  # in a level's folder: what was measured of it
 _LEVEL = re.compile(r"sparsity-(0\.\d{2,4})", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _METRIC = re.compile(r"[A-Za-z0-9_][\w.@%/ -]{0,63}", re.ASCII)
+_CHANGES = ("restored", "recovered")
 _LARGEST = 2**20  # bytes of a levels.json or metrics.json
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,8 @@ class LevelInfo:
     ``name`` is its folder and its branch, ``sparsity`` what was asked for: a fraction (0-1) of the decoder layers'
     parameters. ``parameters`` counts the whole checkpoint, ``decoder_parameters`` what the decoder layers have left.
     ``commit`` is None until the level is pushed. A metric is None if it was measured and is not finite. ``restored``:
-    the output projections were fitted anew (`gisp_hf.recovery`); otherwise all weights are those of the base model.
+    the output projections were fitted anew; ``recovered``: adapters were trained and merged (`gisp_hf.recovery`). With
+    neither, all weights are those of the base model.
     """
 
     name: str
@@ -59,6 +62,7 @@ class LevelInfo:
     commit: str | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     restored: bool = False
+    recovered: bool = False
 
 
 def find_run(folder: str | Path) -> Path:
@@ -130,8 +134,9 @@ def levels_json(levels: Sequence[LevelInfo]) -> bytes:
     """Branch -> commit, sparsity, parameters and metrics; nothing in it that another push would change."""
     entries = {level.name: {key: value for key, value in asdict(level).items() if key != "name"} for level in levels}
     for entry in entries.values():
-        if not entry["restored"]:  # so that files without restored levels stay as older versions wrote and read them
-            del entry["restored"]
+        for key in _CHANGES:  # so that files of plain levels stay as older versions wrote and read them
+            if not entry[key]:
+                del entry[key]
     text = json.dumps({"format": FORMAT, "levels": entries}, indent=1, sort_keys=True, allow_nan=False)
     return text.encode() + b"\n"
 
@@ -220,6 +225,7 @@ def _read_folder(folder: Path) -> LevelInfo:
         decoder_parameters=total - round(trajectory.highest_sparsity() * total),
         metrics=_read_metrics(folder),
         restored=is_restored(folder),
+        recovered=is_recovered(folder),
     )
 
 
@@ -273,6 +279,7 @@ def _check_level(level: LevelInfo) -> None:
         check_whole(number, f"the number of parameters of {level.name}", most=TOTAL)
     if not isinstance(level.commit, str) or not _COMMIT.fullmatch(level.commit):
         raise ValueError(f"{level.name} has the commit {level.commit!r}, which is none")
-    if type(level.restored) is not bool:
-        raise ValueError(f"restored of {level.name} is {level.restored!r:.60}, neither true nor false")
+    for key in _CHANGES:
+        if type(value := getattr(level, key)) is not bool:
+            raise ValueError(f"{key} of {level.name} is {value!r:.60}, neither true nor false")
     check_metrics(level.name, level.metrics)

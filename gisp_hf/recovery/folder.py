@@ -21,6 +21,7 @@ from gisp_hf.models.shards import all_ranks
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.fit import Fit
+from gisp_hf.recovery.lora_record import is_recovered
 from gisp_hf.recovery.record import Restoration, is_restored
 from gisp_hf.recovery.restore import batches_for, draw, open_base, record_of, restored_fits
 
@@ -78,6 +79,8 @@ def restore_level(
         if saved.is_dir():
             if is_restored(saved):
                 raise ValueError(f"{saved} is restored already; use it as it is, or restore from a run that is not")
+            if is_recovered(saved):
+                raise ValueError(f"{saved} was trained after pruning; restore the level first, then train it")
             check_manifest(saved)
             trajectory = Trajectory.load(saved)
         else:

@@ -1,0 +1,93 @@
+"""The record of a recovery by LoRA: ``recovery.json`` in a level's folder."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gisp_hf.atomic import write_text_atomic
+from gisp_hf.untrusted import check_list, check_number, check_object, check_text, check_whole, read_json
+
+RECOVERY_FILE = "recovery.json"
+FORMAT = 1
+OBJECTIVES = ("language_modeling", "distillation")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The record of a recovery, JSON-ready by `to_dict`.
+
+    Attributes:
+        objective: one of `OBJECTIVES`.
+        lora: settings of the adapters: rank, modules ...
+        training: settings of the Trainer: learning rate, batch size, seed ...
+        steps: optimizer steps that were made.
+        tokens: input tokens that were seen, of all processes; a token counts each time.
+        seconds: of training.
+        loss: mean of the whole training, in nats per token.
+        restored: whether the output projections were fitted anew before (`gisp_hf.recovery.record`).
+        changed: names of the parameters that differ from those of the level before.
+        fingerprint: of the changed parameters (`gisp_hf.models.fingerprint`).
+        teacher: class, name and fingerprint; empty for language modelling.
+        data: provenance of the text.
+        base: id, revision and fingerprint of the unpruned model.
+    """
+
+    objective: str
+    lora: Mapping[str, Any]
+    training: Mapping[str, Any]
+    steps: int
+    tokens: int
+    seconds: float
+    loss: float
+    restored: bool
+    changed: tuple[str, ...]
+    fingerprint: str
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "changed": list(self.changed)}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``recovery.json`` into a level's folder."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_text_atomic(Path(folder) / RECOVERY_FILE, text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Recovery":
+        """Reads what ``save`` wrote, and trusts none of it before it is checked.
+
+        Raises:
+            FileNotFoundError: if the level is not recovered.
+            ValueError: if the file is damaged.
+        """
+        path = Path(folder) / RECOVERY_FILE
+        try:
+            facts = read_json(path)
+            if facts.pop("format", None) != FORMAT:
+                raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
+            if facts["objective"] not in OBJECTIVES:
+                raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
+            for key in ("lora", "training", "teacher", "data", "base"):
+                check_object(facts[key], key)
+            for key in ("steps", "tokens"):
+                check_whole(facts[key], key)
+            check_number(facts["seconds"], "seconds", least=0)
+            check_number(facts["loss"], "loss")
+            if type(facts["restored"]) is not bool:
+                raise ValueError("restored must be true or false")
+            check_text(facts["fingerprint"], "fingerprint")
+            changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
+            return cls(**{**facts, "changed": tuple(changed)})
+        except FileNotFoundError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; recover the level again") from error
+
+
+def is_recovered(folder: str | Path) -> bool:
+    """Whether a level's folder says that it was trained with LoRA."""
+    return (Path(folder) / RECOVERY_FILE).is_file()
