@@ -43,7 +43,19 @@ def read_json(path: str | Path, *, largest: int = LARGEST_FILE) -> dict[str, Any
         FileNotFoundError: if there is no such regular file.
         ValueError: if the file is anything else. The message calls it "it": the caller names the file.
     """
-    path = Path(path)
+    found = _read_bounded(Path(path), largest)
+    if not isinstance(found, dict):
+        raise ValueError(f"it must hold an object, got {type(found).__name__}")
+    return found
+
+
+def read_json_rows(path: str | Path, *, largest: int = LARGEST_FILE) -> list[dict[str, Any]]:
+    """The list of objects in a JSON file, with the bounds and errors of ``read_json``."""
+    rows = check_list(_read_bounded(Path(path), largest), "it", longest=LAYERS)
+    return [check_object(row, f"row {number}") for number, row in enumerate(rows)]
+
+
+def _read_bounded(path: Path, largest: int) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as file:
@@ -57,8 +69,6 @@ def read_json(path: str | Path, *, largest: int = LARGEST_FILE) -> dict[str, Any
     except ValueError as error:
         raise ValueError(f"it is no JSON that can be read: {error}") from error
     _check_nesting(found)
-    if not isinstance(found, dict):
-        raise ValueError(f"it must hold an object, got {type(found).__name__}")
     return found
 
 

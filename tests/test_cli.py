@@ -91,7 +91,7 @@ class Recorder:
 
 
 def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(COMMANDS) == ["levels", "materialize", "restore", "elastic", "push", "eval", "card", "export"]
+    assert list(COMMANDS) == ["levels", "materialize", "restore", "elastic", "push", "eval", "card", "export", "report"]
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0

@@ -27,6 +27,7 @@ ORDER = [
     "recovery",
     "evaluation",
     "export",
+    *("hub.cards", "report.samples", "report.facts", "report.html"),  # a push writes the report beside the card
     "hub",
     "report",
     "pruner",

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.errors import StrictDataclassError
 
-from gisp_hf.cli import card, elastic, evaluate, export, levels, materialize, push, restore
+from gisp_hf.cli import card, elastic, evaluate, export, levels, materialize, push, report, restore
 from gisp_hf.cli.common import LOGIN, note
 from gisp_hf.hub import PushError
 from gisp_hf.version import __version__
@@ -27,6 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": evaluate,
     "card": card,
     "export": export,
+    "report": report,
 }
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 

@@ -215,7 +215,7 @@ def check_card(text: str) -> None:
     for key in ("base_model", "datasets"):
         found = data.get(key) or []
         for name in found if isinstance(found, list) else [found]:
-            if not _is_hub_id(name):
+            if not is_hub_id(name):
                 raise ValueError(f"{key} names {name!r}, which is no id on the Hub; use user/name")
     for result in data.eval_results or []:
         value = result.metric_value
@@ -245,12 +245,12 @@ class _About(NamedTuple):
 def _render(
     template: str, trajectory: Trajectory, *, about: _About, results: Sequence[EvalResult], facts: Mapping[str, Any]
 ) -> str:
-    if not _is_hub_id(about.repo_id) or "/" not in about.repo_id:
+    if not is_hub_id(about.repo_id) or "/" not in about.repo_id:
         raise ValueError(f"repo_id {about.repo_id!r} is no id on the Hub; use user/name")
     name = about.repo_id.rpartition("/")[2]
     base, calibration = trajectory.base, trajectory.calibration
     recorded = [source.get("hub_id") for source in calibration.get("sources") or [] if isinstance(source, dict)]
-    public = _is_public(trajectory)
+    public = is_public(trajectory)
     license_data, license_text = _license(trajectory, about.license)
     data = ModelCardData(
         base_model=base.id if public else None,
@@ -273,10 +273,8 @@ def _render(
         base_revision=base.revision,
         public=public,
         architecture=trajectory.layout.architecture,
-        # Fewer layers alone need no code of ours; layers of a base that was pruned before may differ in size.
-        plain=trajectory.config.uniform
-        or (trajectory.layout.whole and len({block.cost for block in trajectory.layout.blocks}) == 1),
-        llama_cpp=_in_llama_cpp(trajectory.layout.architecture),
+        plain=is_plain(trajectory),
+        llama_cpp=in_llama_cpp(trajectory.layout.architecture),
         heads=_heads_per_group(trajectory),
         fingerprint=base.fingerprint,
         method=trajectory.config.method,
@@ -293,7 +291,14 @@ def _render(
     return text
 
 
-def _in_llama_cpp(family: str) -> str | None:
+def is_plain(trajectory: Trajectory) -> bool:
+    """Whether the levels are models of their family's own class, which need no code of this package."""
+    # Fewer layers alone need no code of ours; layers of a base that was pruned before may differ in size.
+    layout = trajectory.layout
+    return trajectory.config.uniform or (layout.whole and len({block.cost for block in layout.blocks}) == 1)
+
+
+def in_llama_cpp(family: str) -> str | None:
     """How llama.cpp holds pruned models of a family: ``pruned``, ``padded`` (with zeros), or None: not at all."""
     home = HOMES.get(family)
     return None if home is None else "padded" if home.pruned is None else "pruned"
@@ -415,7 +420,7 @@ def _license(trajectory: Trajectory, license: str | None) -> tuple[dict[str, Any
     if license is not None:
         return {"license": license}, f"`{_clean(license)}`"
     base = trajectory.base
-    path = try_to_load_from_cache(base.id, "README.md", revision=base.revision) if _is_public(trajectory) else None
+    path = try_to_load_from_cache(base.id, "README.md", revision=base.revision) if is_public(trajectory) else None
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data if isinstance(path, str) else ModelCardData()
     except (ValueError, yaml.YAMLError):  # a card that says nothing a program could read
@@ -433,7 +438,7 @@ def _license(trajectory: Trajectory, license: str | None) -> tuple[dict[str, Any
 # ---- privacy ---------------------------------------------------------------------------------------------------------
 
 
-def _is_hub_id(name: Any) -> bool:
+def is_hub_id(name: Any) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -441,10 +446,10 @@ def _is_hub_id(name: Any) -> bool:
     return not _PATH.search(name)
 
 
-def _is_public(trajectory: Trajectory) -> bool:
+def is_public(trajectory: Trajectory) -> bool:
     """Whether the base model has a name that means something elsewhere: an id, and no folder of this machine."""
     base = trajectory.base
-    return _is_hub_id(base.id) and (base.revision is not None or ("/" in base.id and not Path(base.id).exists()))
+    return is_hub_id(base.id) and (base.revision is not None or ("/" in base.id and not Path(base.id).exists()))
 
 
 def _without_secrets(text: str) -> str:
