@@ -4,7 +4,7 @@
 
 SmolLM2 in bfloat16, 200 micro-batches of one example, for language modelling and for the margin. Every micro-batch's
 gradient goes into two sums: one in bfloat16, as the Trainer's accumulation makes it, and one in float32. Both give
-scores of all structures; the table says how alike they are. Writes recipes/results/ablations/gradient_precision.json
+scores of all structures; the table says how alike they are. Writes recipes/results/gradient_precision/gradient_precision.json
 and .md. Hardware: two CPU cores with bfloat16 units and 5 GB of memory, five minutes; on others ten times that.
 """
 
@@ -29,7 +29,7 @@ from gisp_hf.report import format_table
 from recipes.demo_data import load_smollm2, load_wikipedia, split_articles
 from recipes.prune_multiple_choice import make_questions, write_calibration
 
-RESULTS = Path("recipes/results/ablations")
+RESULTS = Path("recipes/results/gradient_precision")
 LOWEST = 0.2  # share of the structures that a mild level removes
 COLUMNS = {
     "objective": "objective",
