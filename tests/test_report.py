@@ -164,7 +164,7 @@ def test_commands_can_be_typed(run: Path) -> None:
         for name, found in report_facts(trajectory, levels, source=source, title="x")["commands"].items():
             texts = {one["title"]: one["text"] for one in found}
             assert list(texts) == ["Transformers", "PEFT", "llama.cpp", "Any other sparsity"]
-            compile(texts["Transformers"] + texts["PEFT"], "commands", "exec")
+            compile(texts["Transformers"] + "\n" + texts["PEFT"], "commands", "exec")
             for line in (texts["llama.cpp"] + "\n" + texts["Any other sparsity"]).splitlines():
                 if line.startswith("gisp-hf "):
                     build_parser().parse_args(line.split()[1:])
