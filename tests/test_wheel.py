@@ -31,6 +31,8 @@ for path in metrics:
 for name in templates:
     assert len(files("gisp_hf.model_cards").joinpath(name).read_text(encoding="utf-8")) > 100, name
 assert files("gisp_hf").joinpath("py.typed").is_file()
+for name in ("page.html", "page.css", "page.js"):
+    assert files("gisp_hf.report").joinpath("page", name).is_file(), name
 print("imported", len(modules))
 """
 

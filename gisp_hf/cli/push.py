@@ -17,6 +17,7 @@ from gisp_hf.export.gguf import FILE_TYPES
 from gisp_hf.export.run import export_levels
 from gisp_hf.hub import push_levels, read_levels
 from gisp_hf.hub.run_cards import card_writer
+from gisp_hf.report.html import report_writer
 
 DESCRIPTION = (
     "Push every level of a run as a branch of one repository, with a card each, and what they have in common as "
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
         replace=options.replace,
         tag=options.tag,
         card=card,
+        report=report_writer(folder, options.repo),
     )
     done = f"{len(report.sent)} of {len(report.commits)} branches changed" if report.sent else "nothing had changed"
     say(f"{report.url}: {', '.join(report.commits)} ({done})")

@@ -20,6 +20,7 @@ from gisp_hf.levels.manifest import CHANGING_FILES, MANIFEST_FILE, check_manifes
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
 CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
 GGUF_FILES = "*.gguf"  # of `gisp-hf push --gguf`
 # What from_pretrained reads at the root of a repository, as patterns of fnmatch.
 MODEL_FILES = (
@@ -43,6 +44,8 @@ _ROUNDING = 5e-5  # of a sparsity in the name of a level, which has four digits 
 
 # branch -> text of its card; or a function of the branch and the levels, whose commits are known for ``main`` alone
 Cards = Mapping[str, str] | Callable[[str, Sequence[LevelInfo]], str | None]
+# the run's trajectory and the levels with their commits -> text of the HTML page in ``main``
+Report = Callable[[Trajectory, Sequence[LevelInfo]], str]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Plan:
     trajectory: Files
     tag: str | None
     card: Cards | None
+    report: Report | None = None
 
     @property
     def tags(self) -> dict[str, str]:
@@ -80,12 +84,18 @@ class Plan:
             **self.trajectory,
             **({CARD_FILE: Content(card)} if card.is_file() else {}),
             **_card_files(self.card, MAIN, levels),
+            **({} if self.report is None else {REPORT_FILE: Content(self.report(self.run, levels).encode())}),
             LEVELS_FILE: Content(levels_json(levels)),
         }
 
 
 def make_plan(
-    folder: Path, *, tag: str | None, card: Cards | None, metrics: Mapping[float, Mapping[str, float]] | None
+    folder: Path,
+    *,
+    tag: str | None,
+    card: Cards | None,
+    metrics: Mapping[float, Mapping[str, float]] | None,
+    report: Report | None = None,
 ) -> Plan:
     """What ``push_levels`` has to send.
 
@@ -123,6 +133,7 @@ def make_plan(
         trajectory={name: Content(source / name) for name in (ORDER_FILE, FACTS_FILE)},
         tag=tag,
         card=card,
+        report=report,
     )
 
 

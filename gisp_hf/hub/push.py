@@ -19,7 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from gisp_hf.config import level_name
 from gisp_hf.hub.failures import PushError
-from gisp_hf.hub.plan import Cards, Plan, files_of_level, is_of_a_model, make_plan
+from gisp_hf.hub.plan import Cards, Plan, Report, files_of_level, is_of_a_model, make_plan
 from gisp_hf.hub.repository import Files, Repository, is_not_attributes
 from gisp_hf.hub.runs import MAIN, check_branch, check_repository, stale_levels
 from gisp_hf.pruning.trajectory import Trajectory
@@ -53,6 +53,7 @@ def push_levels(
     tag: str | None = None,
     card: Cards | None = None,
     metrics: Mapping[float, Mapping[str, float]] | None = None,
+    report: Report | None = None,
     replace: bool = False,
     progress: bool = True,
     endpoint: str | None = None,
@@ -72,6 +73,8 @@ def push_levels(
             ``main``) is taken; if there is none either, ``main`` keeps the one it has.
         metrics: level -> name -> number, for ``levels.json``, besides those in the folders:
             ``{0.2: {"perplexity": 12.3}}``.
+        report: gives the text of ``report.html`` in ``main`` (`gisp_hf.report.html.report_writer`). None: the
+            repository keeps the one it has, if any.
         replace: write over another run that the repository holds, instead of refusing it.
         progress: whether the client shows its bars.
         endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.
@@ -84,7 +87,7 @@ def push_levels(
         PushError: if the Hub refuses, or fails again and again: another push goes on from there. Also if the repository
             holds another run, or if another push moves the levels meanwhile.
     """
-    plan = make_plan(Path(folder), tag=tag, card=card, metrics=metrics)
+    plan = make_plan(Path(folder), tag=tag, card=card, metrics=metrics, report=report)
     with _bars(progress):
         repository = Repository(repo_id, token=token, private=private, endpoint=endpoint, timeout=timeout, wait=wait)
         return _push(repository, plan, replace_run=replace)
@@ -154,6 +157,7 @@ class LevelUploader:
         tag: str | None = None,
         card: Cards | None = None,
         metrics: Mapping[float, Mapping[str, float]] | None = None,
+        report: Report | None = None,
     ) -> PushReport:
         """Waits for the level that is under way, then does and checks all the rest, as ``push_levels`` would.
 
@@ -167,7 +171,7 @@ class LevelUploader:
             self._queue.put(None)
             self._thread.join()
             self._thread, self._queue, self._finishing = None, queue.SimpleQueue(), False
-        plan = make_plan(Path(folder), tag=tag, card=card, metrics=metrics)
+        plan = make_plan(Path(folder), tag=tag, card=card, metrics=metrics, report=report)
         with _bars(self._progress):
             return _push(self._repository, plan, replace_run=self._replace)
 

@@ -12,6 +12,7 @@ from gisp_hf.hub.push import LevelUploader, PushReport
 from gisp_hf.hub.run_cards import card_writer
 from gisp_hf.levels.info import read_levels
 from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.report.html import report_writer
 from gisp_hf.training.stages import Level, Run, Stage
 
 
@@ -64,5 +65,5 @@ class Publish(Stage):
             return
         folder: Path = self.run.output_dir
         card = card_writer(folder, read_levels(folder), repo_id=self.uploader.repo_id)
-        self.report = self.uploader.finish(folder, card=card)
+        self.report = self.uploader.finish(folder, card=card, report=report_writer(folder, self.uploader.repo_id))
         tqdm.write(f"GISP: {len(levels)} levels and main are at {self.report.url}")

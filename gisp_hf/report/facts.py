@@ -120,6 +120,8 @@ def _read_rows(path: Path) -> Rows:
         return {}
     try:
         rows = read_json_rows(path, largest=_LARGEST)
+        for row in rows:
+            check_answer(row.get("text", ""), "text")
         return {row["level"]: row for row in rows if isinstance(row.get("level"), str)}
     except ValueError as error:
         logger.warning("%s is not what the quickstart writes, and the report leaves it out: %s", path, printable(error))
@@ -140,7 +142,7 @@ def _speeds(row: Mapping[str, Any]) -> dict[str, float]:
 def _samples_of(results: Rows, names: Sequence[str]) -> list[Sample]:
     """The texts in the quickstart's rows. Each begins with the prompt, which is what all of them share."""
     rows = {DENSE: results.get("dense", {}), **{name: results.get(name, {}) for name in names}}
-    texts = {name: check_answer(row["text"], f"text of {name}") for name, row in rows.items() if "text" in row}
+    texts = {name: row["text"] for name, row in rows.items() if "text" in row}
     if not texts:
         return []
     shared = os.path.commonprefix(list(texts.values())) if len(texts) > 1 else ""
@@ -238,7 +240,7 @@ def _commands(trajectory: Trajectory, level: LevelInfo, *, source: str | os.Path
     adapter = [
         "from peft import LoraConfig, get_peft_model",
         "",
-        'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))  # the model from above',
+        'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))',
     ]
     found = [("Transformers", load), ("PEFT", adapter)]
     if kind := in_llama_cpp(trajectory.layout.architecture):

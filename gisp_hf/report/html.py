@@ -20,8 +20,6 @@ from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.report.facts import report_facts
 from gisp_hf.report.samples import Sample
 
-REPORT_FILE = "report.html"
-
 # In a script element only "<" can end it; the others are line ends to some readers of JSON.
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 

@@ -142,7 +142,6 @@ function heatMap() {
   $("scale").append("removed:");
   for (const fraction of [0, 0.25, 0.5, 0.75, 1]) {
     paint(add($("scale"), "i"), fraction);
-    $("scale").lastChild.style.background ||= "var(--empty)";
     if (fraction === 0 || fraction === 1) add($("scale"), "b", percent(fraction, 0));
   }
 }
