@@ -170,7 +170,7 @@ def test_impossible_requests_fail_before_work(made, tmp_path) -> None:
     data = data_of(tmp_path)
     refuse("targets that are tokens", data=SimpleNamespace(loss=margin_loss, provenance={"objective": "margin"}))
     refuse("modules_to_save", lora=LoraConfig(modules_to_save=["lm_head"]), data=data)
-    refuse("no such|there is no file", FileNotFoundError, level=tmp_path / "nothing")
+    refuse("holds no trajectory", FileNotFoundError, level=tmp_path / "nothing")
     with pytest.raises(ValueError, match="trained after pruning"):
         config = RestoreConfig(data="words.txt")
         restore_level(made.distilled.parent, tmp_path / "run" / "again", sparsity=0.2, config=config)

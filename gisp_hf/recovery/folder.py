@@ -77,10 +77,10 @@ def restore_level(
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
         if saved.is_dir():
-            if is_restored(saved):
-                raise ValueError(f"{saved} is restored already; use it as it is, or restore from a run that is not")
             if is_recovered(saved):
                 raise ValueError(f"{saved} was trained after pruning; restore the level first, then train it")
+            if is_restored(saved):
+                raise ValueError(f"{saved} is restored already; use it as it is, or restore from a run that is not")
             check_manifest(saved)
             trajectory = Trajectory.load(saved)
         else:
