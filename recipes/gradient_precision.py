@@ -4,8 +4,9 @@
 
 SmolLM2 in bfloat16, 200 micro-batches of one example, for language modelling and for the margin. Every micro-batch's
 gradient goes into two sums: one in bfloat16, as the Trainer's accumulation makes it, and one in float32. Both give
-scores of all structures; the table says how alike they are. Writes recipes/results/gradient_precision/gradient_precision.json
-and .md. Hardware: two CPU cores with bfloat16 units and 5 GB of memory, five minutes; on others ten times that.
+scores of all structures; the table says how alike they are. Writes JSON and table to
+recipes/results/gradient_precision. Hardware: two CPU cores with bfloat16 units and 5 GB of memory, five minutes; on
+others ten times that.
 """
 
 import argparse

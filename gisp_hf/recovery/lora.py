@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -103,7 +103,7 @@ def recover_level(
     trainer = Trainer(
         model=adapted,
         args=arguments,
-        train_dataset=data.dataset,  # type: ignore[arg-type]
+        train_dataset=cast(Any, data.dataset),
         data_collator=data.collator,
         callbacks=list(callbacks),
     )
@@ -113,7 +113,7 @@ def recover_level(
         trainer.compute_loss_func = data.loss
         found = trainer.train()
     else:
-        with Distillation(adapted, teacher.to(arguments.device)) as loss:  # type: ignore[arg-type]
+        with Distillation(adapted, cast(Any, teacher).to(arguments.device)) as loss:
             trainer.compute_loss_func = loss
             found = trainer.train()
     if not math.isfinite(found.training_loss):
@@ -122,7 +122,10 @@ def recover_level(
         adapters = adapted.peft_config["default"]
         facts: dict[str, Any] = {
             "objective": "language_modeling" if teacher is None else "distillation",
-            "lora": {**{key: getattr(adapters, key) for key in LORA_KEYS}, "target_modules": _modules(adapters)},
+            "lora": {
+                **{key: getattr(adapters, key) for key in LORA_KEYS},
+                "target_modules": _modules(cast(LoraConfig, adapters)),
+            },
             "training": {key: getattr(arguments, key) for key in TRAINING_KEYS},
             "steps": trainer.state.global_step,
             "tokens": int(trainer.state.num_input_tokens_seen),
@@ -145,7 +148,7 @@ def merge_adapters(model: PeftModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.get_base_layer().float()
-    return model.merge_and_unload().eval()  # type: ignore[operator, return-value]
+    return cast(PreTrainedModel, cast(Any, model).merge_and_unload().eval())
 
 
 def _check_untied(model: PeftModel) -> None:
@@ -166,7 +169,7 @@ def _modules(lora: LoraConfig) -> str | list[str] | None:
     return found if found is None or isinstance(found, str) else sorted(found)
 
 
-def _describe(teacher: PreTrainedModel) -> dict[str, str]:
+def _describe(teacher: PreTrainedModel) -> dict[str, str | None]:
     """Class, name and fingerprint of a teacher; of a folder the last name only."""
     name = teacher.name_or_path
     return {

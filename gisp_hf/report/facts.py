@@ -130,7 +130,7 @@ def _read_rows(path: Path) -> Rows:
 
 def _number(row: Mapping[str, Any], key: str) -> float | None:
     value = row.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return value
 
