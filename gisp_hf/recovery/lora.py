@@ -119,12 +119,12 @@ def recover_level(
     if not math.isfinite(found.training_loss):
         raise FloatingPointError(f"the training loss is {found.training_loss}; lower the learning rate or the rank")
     if trainer.is_world_process_zero():
-        adapters = adapted.peft_config["default"]
+        adapters = cast(LoraConfig, adapted.peft_config["default"])
         facts: dict[str, Any] = {
             "objective": "language_modeling" if teacher is None else "distillation",
             "lora": {
                 **{key: getattr(adapters, key) for key in LORA_KEYS},
-                "target_modules": _modules(cast(LoraConfig, adapters)),
+                "target_modules": _modules(adapters),
             },
             "training": {key: getattr(arguments, key) for key in TRAINING_KEYS},
             "steps": trainer.state.global_step,
