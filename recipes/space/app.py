@@ -196,9 +196,9 @@ def build(elastic: Elastic) -> "gradio.Blocks":
             "order, so each size is a prefix of the weights in memory. Decoding is greedy."
         )
         with gr.Row():
-            prompt = gr.Textbox(value=PROMPT, label="Prompt", lines=2, scale=3)
+            prompt = gr.Textbox(value=PROMPT, label="Prompt", lines=2, scale=2)
             sparsity = gr.Slider(
-                0, elastic.highest, value=start, step=0.01, label="Sparsity", info="of the decoder layers", scale=2
+                0, elastic.highest, value=start, step=0.01, label="Sparsity", info="of the decoder layers", scale=1
             )
             tokens = gr.Slider(8, MAX_NEW_TOKENS, value=32, step=8, label="New tokens", scale=1)
         with gr.Row():
