@@ -87,7 +87,9 @@ class Elastic:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=fast_dtype())
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
         name = os.path.basename(os.path.normpath(source)) if os.path.isdir(source) else source
-        return cls(model, AutoTokenizer.from_pretrained(source), name=name)
+        elastic = cls(model, AutoTokenizer.from_pretrained(source), name=name)
+        elastic.answer(PROMPT, 0.0, max_new_tokens=2)  # the first call is slow, and its speed would be shown
+        return elastic
 
     @property
     def highest(self) -> float:
@@ -194,11 +196,11 @@ def build(elastic: Elastic) -> "gradio.Blocks":
             "order, so each size is a prefix of the weights in memory. Decoding is greedy."
         )
         with gr.Row():
-            prompt = gr.Textbox(value=PROMPT, label="Prompt", lines=2, scale=3)
+            prompt = gr.Textbox(value=PROMPT, label="Prompt", lines=2, scale=2)
             sparsity = gr.Slider(
-                0, elastic.highest, value=start, step=0.01, label="Sparsity", info="of the decoder layers", scale=2
+                0, elastic.highest, value=start, step=0.01, label="Sparsity", info="of the decoder layers", scale=1
             )
-            tokens = gr.Slider(8, MAX_NEW_TOKENS, value=32, step=8, label="New tokens, at most", scale=1)
+            tokens = gr.Slider(8, MAX_NEW_TOKENS, value=32, step=8, label="New tokens", scale=1)
         with gr.Row():
             all_of_them = gr.Button("Answer at every setting", variant="primary")
             only = gr.Button("Answer at the slider's setting")
@@ -206,7 +208,7 @@ def build(elastic: Elastic) -> "gradio.Blocks":
         with gr.Row(equal_height=True):
             for number, setting in enumerate(columns):
                 chosen = number == len(settings)
-                with gr.Column(min_width=200, variant="panel" if chosen else "default"):
+                with gr.Column(min_width=160, variant="panel" if chosen else "default"):
                     heading = gr.Markdown(
                         f"### {SLIDER}: {title_of(setting)}" if chosen else f"### {title_of(setting)}"
                     )
