@@ -51,7 +51,7 @@ def test_table_is_the_one_that_the_quickstart_wrote() -> None:
     results = ROOT / "recipes" / "results" / "quickstart"
     assert (results / "results.md").read_text(encoding="utf-8").strip() in README
     for row in json.loads((results / "results.json").read_text(encoding="utf-8")):
-        assert f"| {row['level']:13} |" in README and f"| {row['perplexity']:>10,.2f} |" in README
+        assert f"| {row['level']:13} |" in README and f"| {row['perplexity']:>8,.2f} |" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
