@@ -82,15 +82,17 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     return list({cell.file: cell for cell in found}.values())
 
 
-def draw(data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int = BLOCK) -> Calibration:
-    """Calibration text of some domains, by their shares of the tokens, from files of their documents."""
+def draw(
+    data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int | None = None
+) -> Calibration:
+    """Calibration text of some domains, by their shares of the tokens; ``block_size`` None: `BLOCK`."""
     for domain in DOMAINS:
         path = work / f"{domain}.jsonl"
         if domain in data and not path.is_file():
             lines = (json.dumps({"text": text}) + "\n" for text in load_domain(domain).calibration)
             write_text_atomic(path, "".join(lines))
         data = data.replace(domain, str(path))
-    return load_calibration(data, tokenizer, tokens=tokens, block_size=block_size, seed=seed)
+    return load_calibration(data, tokenizer, tokens=tokens, block_size=block_size or BLOCK, seed=seed)
 
 
 @dataclass(frozen=True)
