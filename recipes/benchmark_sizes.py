@@ -36,8 +36,9 @@ from gisp_hf.pruning.trajectory import Base
 from gisp_hf.report import format_table
 from recipes.benchmark_pruning import SHAPES
 from recipes.calibrated_run import prune
-from recipes.compare import CONFIG, EVALUATION_BATCH, Comparison, draw, environment, load_model, read_config
+from recipes.compare import EVALUATION_BATCH, draw, environment, load_model
 from recipes.compare_results import geometric_mean
+from recipes.compare_settings import CONFIG, Comparison, read_config
 from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, write_mixture
 
 MULTIPLES = (1, 8, 32, 64, 128)

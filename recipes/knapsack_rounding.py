@@ -22,7 +22,8 @@ from gisp_hf.atomic import write_text_atomic
 from gisp_hf.models.layout import Layout
 from gisp_hf.report import format_table
 from recipes.benchmark_sizes import RESULTS, bracket, cut, cut_at, load_held_out, measure_one, read_setup
-from recipes.compare import Comparison, load_model
+from recipes.compare import load_model
+from recipes.compare_settings import Comparison
 
 MULTIPLES = (64, 128)
 

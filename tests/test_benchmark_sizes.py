@@ -15,7 +15,7 @@ from gisp_hf.models import discover
 from gisp_hf.models.surgery import pruned_shell, zero_structures
 from recipes import benchmark_sizes, demo_data, knapsack_rounding
 from recipes.benchmark_sizes import main, measure_shape, random_trajectory, run, write_report
-from recipes.compare import Comparison
+from recipes.compare_settings import Comparison
 from recipes.knapsack_rounding import in_multiples
 from tests.test_compare import SMALL, words
 from tests.test_selection import toy_layout

@@ -15,8 +15,9 @@ import yaml
 from gisp_hf.evaluation import perplexity
 from gisp_hf.pruning.methods import METHODS
 from recipes import compare, compare_results, demo_data
-from recipes.compare import Cell, Comparison, main, read_config, run_cell
+from recipes.compare import main, run_cell
 from recipes.compare_results import read_cell, read_cells, write_report
+from recipes.compare_settings import Cell, Comparison, read_config
 from tests.tiny import tiny_model, tiny_tokenizer
 
 RESULTS = Path(compare.__file__).parent / "results" / "compare"
