@@ -114,6 +114,8 @@ def test_own_answers_given_anew_on_two_processes_are_those_of_one(folder) -> Non
         "method": "gisp-activation",
         "max_new_tokens": 4,
         "num_blocks": 4,  # 64 tokens: 16 answers
+        "num_steps": 5,
+        "sparsity_levels": [0.2, 0.5],
         "regenerate_every": 0.2,
         "per_device_train_batch_size": 16,
     }
