@@ -66,11 +66,12 @@ def from_first_rank(sequences: Sequence[list[int]], *, device: torch.device) -> 
     """
     if all_ranks() is None:
         return [list(sequence) for sequence in sequences]
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64, device=device)
     dist.broadcast(lengths, src=0)
     counts = lengths.tolist()
     flat = torch.zeros(sum(counts), dtype=torch.int64, device=device)
     if dist.get_rank() == 0:
-        flat = torch.tensor([token for sequence in sequences for token in sequence], device=device)
+        tokens = [token for sequence in sequences for token in sequence]
+        flat = torch.tensor(tokens, dtype=torch.int64, device=device)
     dist.broadcast(flat, src=0)
     return [part.tolist() for part in flat.cpu().split(counts)]
