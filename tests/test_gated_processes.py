@@ -3,18 +3,23 @@
 import copy
 import gc
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import dispatch_model
+from safetensors.torch import load_file
 
 from gisp_hf import GISPPruner, Trajectory
 from gisp_hf.models import discover
 from gisp_hf.pruning.engine import Engine
-from tests.distributed_run import uneven_blocks
+from gisp_hf.training.checks import check_model
+from tests import test_gated as gated
+from tests.distributed_run import gated_model, uneven_blocks
 from tests.runs import make_trainer, prune, tiny_config
 from tests.test_criteria import assert_equal_orders, tokens
 from tests.test_distributed import launch
+from tests.test_gated import base, quantizations  # noqa: F401  a fixture
 from tests.tiny import tiny_model
 
 CONFIG = tiny_config(method="gisp-activation")
@@ -81,6 +86,29 @@ def test_sharded_layers_reduce_no_gradient(processes, tmp_path) -> None:
     traffic = json.loads((tmp_path / "traffic.json").read_text())
     assert_close_scores(traffic["scores"], engine.scores)
     assert all(count <= 32 for count in traffic["reduce_scatter"])  # the final norm; a layer has 6,000 parameters
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", *quantizations.args[1]])
+def test_wrapped_weights_on_two_processes_give_the_order_of_one(name, base, tmp_path) -> None:  # noqa: F811
+    expected = gated.prune(gated_model(str(base), name), tmp_path / "one", config=CONFIG)
+    result = launch("ddp", tmp_path, processes=2, method="gisp-activation", gated=[str(base), name])
+    assert result.returncode == 0, result.stderr
+    assert_equal_orders(Trajectory.load(tmp_path / "levels"), expected.trajectory)
+    traffic = json.loads((tmp_path / "traffic.json").read_text())
+    assert_close_scores(traffic["scores"], expected.engine.scores)
+    assert traffic["buckets"] == 5 * 64  # steps x hidden size: the gradient of the final norm alone
+    for folder in expected.level_folders.values():  # cut out of the same files
+        found = load_file(tmp_path / "levels" / folder.name / "model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in load_file(folder / "model.safetensors").items())
+
+
+def test_a_quantized_model_is_not_sharded() -> None:
+    model = tiny_model()
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="bitsandbytes"))
+    check_model(model, "activation_gradients")
+    with pytest.raises(ValueError, match="quantized by bitsandbytes, and FSDP would cut its packed weights.*use DDP"):
+        check_model(model, "activation_gradients", sharded=True)
 
 
 def test_a_model_spread_over_devices_gives_the_order_of_one(one_batch, tmp_path) -> None:

@@ -106,6 +106,37 @@ def test_questions_are_all_seen_in_each_step_however_they_are_cut(folder) -> Non
     assert any(not torch.equal(a, b) for a, b in zip(text.trajectory.order, at_once.trajectory.order))
 
 
+@pytest.mark.slow
+def test_own_answers_given_anew_on_two_processes_are_those_of_one(folder) -> None:
+    task = {
+        "data": str(folder / "questions.jsonl"),
+        "objective": "self",
+        "method": "gisp-activation",
+        "max_new_tokens": 4,
+        "num_blocks": 4,  # 64 tokens: 16 answers
+        "num_steps": 5,
+        "sparsity_levels": [0.2, 0.5],
+        "regenerate_every": 0.2,
+        "per_device_train_batch_size": 16,
+    }
+    single = prune.main(command_line(options(folder, "own") | task))
+    rounds = single.calibration["answers"]["rounds"]
+    assert [round(entry["sparsity"], 1) for entry in rounds] == [0.0, 0.2, 0.4]
+    assert rounds[1]["sha256"] != rounds[0]["sha256"]
+
+    launch_on_two(options(folder, "own-launched") | task | {"per_device_train_batch_size": 8})
+    found = Trajectory.load(folder / "own-launched" / "levels")
+    assert all(torch.equal(a, b) for a, b in zip(found.order, single.trajectory.order))
+    assert found.calibration["answers"]["rounds"] == rounds
+    names = sorted(path.name for path in (folder / "own" / "answers").iterdir())
+    assert sorted(path.name for path in (folder / "own-launched" / "answers").iterdir()) == names and len(names) == 3
+
+
+def test_new_answers_need_own_answers(folder) -> None:
+    with pytest.raises(ValueError, match="regenerate_every=0.2 .* objective 'language_modeling' has no answers"):
+        prune.main(command_line(options(folder, "refused") | {"regenerate_every": 0.2}))
+
+
 def test_unknown_and_missing_options_are_named(folder, capsys) -> None:
     (folder / "bad.yaml").write_text(yaml.safe_dump(options(folder, "bad") | {"sparsity": 0.5}))
     with pytest.raises(SystemExit):

@@ -6,6 +6,7 @@ from recipes import quantized_scores
 @pytest.mark.slow
 def test_quantized_scores_beside_float32(capsys) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    pytest.importorskip("torchao", reason="torchao is not installed")
     options = quantized_scores.parse(["--model", "tiny", "--blocks", "8", "--window", "16"])
     rows = quantized_scores.compare(options)["rows"]
     assert [(row["scored in"], row["level"]) for row in rows][:2] == [("float32", 0.2), ("float32", 0.4)]

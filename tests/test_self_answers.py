@@ -10,6 +10,7 @@ from gisp_hf.data import AnswerSettings, load_calibration
 from gisp_hf.data.self_answers import generate
 from gisp_hf.training.regenerate import RegenerateAnswers
 from tests.runs import make_trainer, tiny_config
+from tests.test_distributed import launch
 from tests.tiny import tiny_model, tiny_tokenizer
 
 PROMPTS = [" ".join(f"w{4 + (7 * row + step) % 50}" for step in range(2 + row % 4)) for row in range(8)]
@@ -121,6 +122,23 @@ def test_the_pruned_model_answers_anew_at_milestones(file, tmp_path) -> None:
     expected = generate(level, calibration.dataset.prompts, tiny_tokenizer(), settings=SETTINGS, seed=0)
     assert calibration.dataset.answers == expected
     assert pruner.trajectory.calibration == {}
+
+
+@pytest.mark.slow
+def test_every_process_gets_the_answers_of_the_first(tmp_path) -> None:
+    answers = [[[5, 6, 7], [], [8]], [[9], [9, 9], []]]
+    result = launch("answers", tmp_path, processes=2, answers=answers)
+    assert result.returncode == 0, result.stderr
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [answers[0]] * 2
+
+
+def test_without_a_pruner_and_under_fsdp_it_is_refused(file, tmp_path, monkeypatch) -> None:
+    trainer, pruner, calibration, callback = run(file, tmp_path, every=0.2)
+    with pytest.raises(ValueError, match="has no GISPPruner; start it by gisp_hf.prune"):
+        RegenerateAnswers(None, calibration.dataset).on_train_begin(trainer.args, trainer.state, trainer.control)
+    monkeypatch.setattr("gisp_hf.training.regenerate.will_shard", lambda args, model: True)
+    with pytest.raises(ValueError, match="FSDP shards the model over all of them; use DDP or a single process"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
 @pytest.mark.slow

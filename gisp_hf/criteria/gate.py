@@ -48,8 +48,9 @@ class Gate(ActivationCriterion):
             inputs = inputs.detach().requires_grad_()
 
         def score(activation: torch.Tensor, gradient: torch.Tensor) -> None:
-            products = activation * gradient.float()  # (B, T, length), float32
-            gates = products.unflatten(-1, (-1, self._widths[parameter])).sum(dim=-1)  # (B, T, size)
+            gates = activation * gradient.float()  # (B, T, length), float32
+            if self._widths[parameter] > 1:  # a channel is one column, and a sum over it would be a copy
+                gates = gates.unflatten(-1, (-1, self._widths[parameter])).sum(dim=-1)  # (B, T, size)
             self.add(parameter, gates.abs_().flatten(0, -2).sum(dim=0))
 
         return _ScoredIdentity.apply(inputs, score)

@@ -89,9 +89,12 @@ class AnsweredPrompts(Dataset):
         Args:
             facts: about the model, for the record.
         """
-        round_seed = self.seed + len(self.rounds)
-        answers = generate(model, self.prompts, self.tokenizer, settings=self.settings, seed=round_seed)
-        self.take(answers, **facts)
+        self.take(self.generate(model), **facts)
+
+    def generate(self, model: PreTrainedModel) -> list[list[int]]:
+        """The answers of ``model`` to all prompts, from the seed of this round. They are not taken yet."""
+        seed = self.seed + len(self.rounds)
+        return generate(model, self.prompts, self.tokenizer, settings=self.settings, seed=seed)
 
     def take(self, answers: Sequence[list[int]], **facts: Any) -> None:
         """Takes answers, token ids of one for each prompt, in the place of those before."""

@@ -29,7 +29,7 @@ from gisp_hf.training.checks import (
     note_of_few_groups,
     warn_of_slow_dtype,
 )
-from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp
+from gisp_hf.training.distributed import check_agreement, is_distributed, uses_fsdp, will_shard
 from gisp_hf.training.ending import describe, slice_zeros
 from gisp_hf.training.identity import identify, note_of_pruned_base
 from gisp_hf.training.log import log_step, move_before_trackers
@@ -268,7 +268,7 @@ class PruningCallback(TrainerCallback):
             use_cache: of the model's config, before the Trainer changes it; None if that is not known.
         """
         check_arguments(args)
-        check_model(model, find_method(self.config.method).criterion().needs)
+        check_model(model, find_method(self.config.method).criterion().needs, sharded=will_shard(args, model))
         gates, model = not is_plain(model), bare_model(model)
         wrapped = gates or is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:

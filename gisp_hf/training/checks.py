@@ -69,11 +69,12 @@ def check_arguments(args: TrainingArguments) -> None:
         )
 
 
-def check_model(model: PreTrainedModel, needs: Needs = "weight_gradients") -> None:
+def check_model(model: PreTrainedModel, needs: Needs = "weight_gradients", *, sharded: bool = False) -> None:
     """Refuses models that have not got what the scores are made of.
 
     Args:
         needs: of the criterion. Scores of activations allow quantized weights and adapters.
+        sharded: whether FSDP cuts the parameters into rows.
 
     Raises:
         ValueError: with what to do instead.
@@ -100,6 +101,11 @@ def check_model(model: PreTrainedModel, needs: Needs = "weight_gradients") -> No
         raise ValueError(
             f"the model is quantized by {quantization}, whose backward pass is not tested here; quantize it by "
             f"{' or '.join(WITH_BACKWARD)}, or load it in bfloat16"
+        )
+    if quantization is not None and sharded:
+        raise ValueError(
+            f"the model is quantized by {quantization}, and FSDP would cut its packed weights into rows; use DDP or a "
+            "single process, or load it in bfloat16"
         )
     if not is_plain(model):
         return

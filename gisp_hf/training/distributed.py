@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from gisp_hf.models.shards import all_ranks
+from gisp_hf.models.shards import all_ranks, is_sharded
 
 
 class DivergenceError(RuntimeError):
@@ -28,6 +29,11 @@ def uses_fsdp(args: TrainingArguments) -> bool:
     Must be called after the Trainer has made its Accelerator.
     """
     return bool(args.fsdp) or AcceleratorState().distributed_type == DistributedType.FSDP
+
+
+def will_shard(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether FSDP has sharded the model, or will when training begins. Call it as late as `uses_fsdp`."""
+    return is_sharded(model.parameters()) or (is_distributed(args) and uses_fsdp(args))
 
 
 def check_agreement(order: Sequence[torch.Tensor], *, step: int, device: torch.device) -> None:
@@ -49,3 +55,23 @@ def check_agreement(order: Sequence[torch.Tensor], *, step: int, device: torch.d
             f"step {step}: the processes chose different structures, so their gradients differ. Every process must "
             "load the same weights, and gradients must be averaged over all of them (leave DDP's synchronisation on)"
         )
+
+
+def from_first_rank(sequences: Sequence[list[int]], *, device: torch.device) -> list[list[int]]:
+    """The token ids that the first process has, on every process: one broadcast of lengths and one of ids.
+
+    Args:
+        sequences: of the first process; on the others only their number counts, which must be the same.
+        device: that the backend sends from.
+    """
+    if all_ranks() is None:
+        return [list(sequence) for sequence in sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64, device=device)
+    dist.broadcast(lengths, src=0)
+    counts = lengths.tolist()
+    flat = torch.zeros(sum(counts), dtype=torch.int64, device=device)
+    if dist.get_rank() == 0:
+        tokens = [token for sequence in sequences for token in sequence]
+        flat = torch.tensor(tokens, dtype=torch.int64, device=device)
+    dist.broadcast(flat, src=0)
+    return [part.tolist() for part in flat.cpu().split(counts)]

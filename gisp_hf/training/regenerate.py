@@ -9,7 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gisp_hf.data.self_answers import AnsweredPrompts, read_answers, write_answers
 from gisp_hf.models.wrapped import bare_model
 from gisp_hf.training.callback import PruningCallback
-from gisp_hf.training.distributed import is_distributed
+from gisp_hf.training.distributed import from_first_rank, will_shard
+from gisp_hf.upstream import handler_of
 
 
 class RegenerateAnswers(TrainerCallback):
@@ -26,35 +27,57 @@ class RegenerateAnswers(TrainerCallback):
 
     With ``folder``, each set of answers is written there, and a run that goes on after a kill reads the last one.
 
+    With several processes the first one generates, and the others wait for its answers: ``ddp_timeout`` must allow it.
+
     Args:
-        pruner: of the same Trainer.
+        pruner: of the same Trainer; None takes the one that the Trainer has when training begins, which
+            `gisp_hf.prune` adds.
         answers: the Trainer's data set.
         every: sparsity between two sets of answers, a fraction (0-1) of the decoder layers' parameters.
         folder: where sets are kept; None keeps none, and then a run cannot be resumed beyond the first new set.
 
     Raises:
-        ValueError: if ``every`` is not in (0, 1); when training begins, if several processes take part, or a run goes
-            on and its answers are not in ``folder``.
+        ValueError: if ``every`` is not in (0, 1); when training begins, if FSDP shards the model, the Trainer has no
+            GISPPruner, or a run goes on and its answers are not in ``folder``.
     """
 
     def __init__(
-        self, pruner: PruningCallback, answers: AnsweredPrompts, *, every: float = 0.1, folder: str | Path | None = None
+        self,
+        pruner: PruningCallback | None,
+        answers: AnsweredPrompts,
+        *,
+        every: float = 0.1,
+        folder: str | Path | None = None,
     ) -> None:
         if not 0 < every < 1:
             raise ValueError(f"every must lie in (0, 1), got {every:g}; each tenth of the parameters is 0.1")
-        self.pruner = pruner
+        self._pruner = pruner
         self.data = answers
         self.every = every
         self.folder = None if folder is None else Path(folder)
         self.done = 0  # sets of new answers so far
 
+    @property
+    def pruner(self) -> PruningCallback:
+        assert self._pruner is not None, "training has not begun"
+        return self._pruner
+
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if is_distributed(args):
+        if self._pruner is None:
+            handler = handler_of(self)
+            found = [] if handler is None else [cb for cb in handler.callbacks if isinstance(cb, PruningCallback)]
+            if not found:
+                raise ValueError(
+                    "the Trainer of RegenerateAnswers has no GISPPruner; start it by gisp_hf.prune(trainer), or put a "
+                    "GISPPruner into callbacks=[...] before it"
+                )
+            self._pruner = found[0]
+        if will_shard(args, model):
             raise ValueError(
-                "RegenerateAnswers needs a single process: answers of several would differ. Leave it out, which keeps "
-                "the answers of the unpruned model"
+                "RegenerateAnswers lets one process generate, and FSDP shards the model over all of them; use DDP or a "
+                "single process, or leave it out, which keeps the answers of the unpruned model"
             )
         if state.global_step:
             self._go_on()
@@ -80,7 +103,11 @@ class RegenerateAnswers(TrainerCallback):
             return
         self.done = due
         sparsity = self.pruner.engine.sparsity
-        self.data.answer(bare_model(model), sparsity=sparsity)
+        first = state.is_world_process_zero
+        answers = self.data.generate(bare_model(model)) if first else [[] for _ in self.data.prompts]
+        self.data.take(from_first_rank(answers, device=args.device), sparsity=sparsity)
+        if not first:
+            return
         if (path := self._path(due)) is not None:
             write_answers(path, self.data.answers, self._provenance(due))
         tqdm.write(f"GISP: the model at sparsity {sparsity:.4f} has answered {len(self.data)} prompts anew")
