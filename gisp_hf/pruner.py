@@ -104,7 +104,7 @@ class GISPPruner(PruningCallback):
         measured = [] if evaluate is None else [Measure(evaluate)]
         then: list[Stage] = [*measured, *stages]
         if restore is not None:
-            then = [Restore(restore, then)]
+            then = [Restore(restore, then, unpruned=unpruned)]
         self._publish = (
             None
             if hub_model_id is None
