@@ -346,7 +346,7 @@ def test_levels_are_restored_as_they_are_in_their_folders(kind, base, tmp_path) 
 def test_an_evaluation_of_restored_levels_that_the_model_cannot_hold_is_refused(base, tmp_path) -> None:
     options = {"restore": RestoreConfig(), "evaluate": lambda model: {"loss": 0.0}}
     pruner = GISPPruner(CONFIG, tmp_path / "levels", base_model=str(base), **options)
-    with pytest.raises(ValueError, match=r"cannot hold restored weights.*\(Measure\); leave these out"):
+    with pytest.raises(ValueError, match=r"cannot hold restored weights.*\(Measure\) are to see; leave these out"):
         prune(adapted(load(base)), tmp_path, pruner=pruner)
     assert not (tmp_path / "levels").exists()
 
