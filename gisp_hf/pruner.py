@@ -51,7 +51,8 @@ class GISPPruner(PruningCallback):
             processes all of them evaluate.
         restore: fit the output projections of each level anew as it is saved (`gisp_hf.recovery`). The model of the
             run keeps its weights, and the removal order does not change; ``evaluate`` and ``stages`` see the restored
-            level. None: levels hold the weights of the base model.
+            level; both are refused with it if the model is quantized or has adapters. None: levels hold the weights of
+            the base model.
         stages: more to do with each level, after evaluation and before publishing (`gisp_hf.training.stages`).
         hub_model_id: a Hub repository that gets each level as a branch while the run goes on, and ``main`` at its end;
             created if it does not exist. Only the main process pushes.
@@ -104,7 +105,7 @@ class GISPPruner(PruningCallback):
         measured = [] if evaluate is None else [Measure(evaluate)]
         then: list[Stage] = [*measured, *stages]
         if restore is not None:
-            then = [Restore(restore, then)]
+            then = [Restore(restore, then, unpruned=unpruned)]
         self._publish = (
             None
             if hub_model_id is None

@@ -7,10 +7,11 @@
     python -m recipes.recover --report                       # the table again, from the results that are there
 
 The ways: the level as it is; restored in closed form; LoRA by language modelling; LoRA by distillation from the
-unpruned model; and both kinds of LoRA after restoration. All trainings take the same wall time, on a third of text of
-each domain; the table also counts the seconds of restoration. Prunes as `recipes.restore_study` does, in its folder.
+unpruned model; both kinds of LoRA after restoration; and norms or scales alone (`gisp_hf.recovery.vectors`) after it.
+All trainings take the same wall time, on a third of text of each domain; the table also counts the seconds of
+restoration. Prunes as `recipes.restore_study` does, in its folder.
 A cell is one JSON file in recipes/results/recover; one whose file is there does not run again.
-Hardware: two CPU cores, 6 GB of memory. Time: pruning once, then for each level restoration and four trainings.
+Hardware: two CPU cores, 6 GB of memory. Time: pruning once, then for each level restoration and six trainings.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -35,6 +36,7 @@ from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.lora import recover_level
 from gisp_hf.recovery.lora_record import Recovery
 from gisp_hf.recovery.time_limit import TimeLimit
+from gisp_hf.recovery.vectors import VECTORS
 from gisp_hf.report import format_table
 from recipes import restore_study
 from recipes.compare_results import geometric_mean
@@ -52,7 +54,8 @@ class Settings:
     minutes: float = 10.0
     tokens: int = 98_304  # of the training text, which repeats
     rank: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # of adapters
+    vector_learning_rate: float = 5e-3  # of norms and scales
     batch_size: int = 2  # blocks of 256 tokens, on each process
     accumulation: int = 4
     seed: int = 0
@@ -60,7 +63,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Cell:
-    """One way at one level. ``training``: "lora" by language modelling, "distillation" (LoRA too), or "" for none."""
+    """One way at one level.
+
+    ``training``: "lora", "norms" or "scales" by language modelling, "distillation" (LoRA too), or "" for none.
+    """
 
     sparsity: float
     restored: bool
@@ -78,6 +84,7 @@ class Cell:
 def cells(levels: Sequence[float]) -> list[Cell]:
     """All ways, level after level."""
     ways = [(False, ""), (True, ""), (True, "lora"), (False, "lora"), (False, "distillation"), (True, "distillation")]
+    ways += [(True, vectors) for vectors in VECTORS]
     return [Cell(level, restored, training) for level in levels for restored, training in ways]
 
 
@@ -112,8 +119,10 @@ def find_level(cell: Cell, material: Material) -> tuple[Path, float]:
 
 
 def train(cell: Cell, level: Path, material: Material, settings: Settings, teacher: Path) -> Path:
-    """Trains adapters on a level; the part to copy."""
-    own = f"{settings.minutes:g}min-rank{settings.rank}-rate{settings.learning_rate:g}-tokens{settings.tokens}"
+    """Trains adapters or vectors on a level; the part to copy."""
+    vectors = cell.training in VECTORS
+    rate = settings.vector_learning_rate if vectors else settings.learning_rate
+    own = f"{settings.minutes:g}min-rank{settings.rank}-rate{rate:g}-tokens{settings.tokens}"
     output = material.work / f"recovered-{cell.name}-{own}" / level_name(cell.sparsity)
     if output.is_dir():  # trained by a run that ended before its evaluation
         return output
@@ -125,7 +134,7 @@ def train(cell: Cell, level: Path, material: Material, settings: Settings, teach
         max_steps=1_000_000,  # the time ends it
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
+        learning_rate=rate,
         lr_scheduler_type="constant",
         seed=settings.seed,
         save_strategy="no",
@@ -133,15 +142,15 @@ def train(cell: Cell, level: Path, material: Material, settings: Settings, teach
         disable_tqdm=True,
         logging_steps=10,
     )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear")
     distil = cell.training == "distillation"
     return recover_level(
         level,
         output,
         data=data,
         arguments=arguments,
-        lora=LoraConfig(
-            task_type="CAUSAL_LM", r=settings.rank, lora_alpha=2 * settings.rank, target_modules="all-linear"
-        ),
+        train=cast(Any, cell.training if vectors else "lora"),
+        lora=None if vectors else lora,
         teacher=AutoModelForCausalLM.from_pretrained(teacher, dtype=material.dtype) if distil else None,
         callbacks=[TimeLimit(60 * settings.minutes)],
     )
@@ -195,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=default.minutes, help="of each training (default: 10)")
     parser.add_argument("--rank", type=int, default=default.rank, metavar="N", help="of the adapters (default: 16)")
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate, metavar="RATE")
+    parser.add_argument(
+        "--vector-learning-rate", type=float, default=default.vector_learning_rate, metavar="RATE", help="norms, scales"
+    )
     parser.add_argument("--tokens", type=int, default=default.tokens, metavar="N", help="of the training text")
     parser.add_argument("--teacher", type=Path, metavar="DIR", help="base or elastic checkpoint (default: the base)")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")
@@ -205,7 +217,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="write the table again, and run nothing")
     options = parser.parse_args(argv)
     settings = Settings(
-        minutes=options.minutes, tokens=options.tokens, rank=options.rank, learning_rate=options.learning_rate
+        minutes=options.minutes,
+        tokens=options.tokens,
+        rank=options.rank,
+        learning_rate=options.learning_rate,
+        vector_learning_rate=options.vector_learning_rate,
     )
     options.output_dir.mkdir(parents=True, exist_ok=True)
     paths = {cell: options.output_dir / f"{cell.name}.json" for cell in cells(options.levels)}

@@ -48,6 +48,7 @@ def recover(
     callbacks: Sequence[TrainerCallback] = (),
     data: Calibration | None = None,
     lora: Any = None,
+    train: Any = "lora",
     **changes: Any,
 ) -> Path:
     """Four steps of 8 blocks."""
@@ -72,6 +73,7 @@ def recover(
         output_dir,
         data=data or data_of(work),
         arguments=arguments,
+        train=train,
         lora=lora,
         teacher=teacher,
         callbacks=callbacks,

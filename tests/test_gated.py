@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
-from gisp_hf import GISPConfig, GISPPruner, Trajectory, load_level, scoring_only
+from gisp_hf import GISPConfig, GISPPruner, RestoreConfig, Trajectory, load_level, restore, scoring_only
+from gisp_hf.levels.manifest import check_manifest
 from gisp_hf.levels.materialize import materialize
 from gisp_hf.models import discover
 from gisp_hf.models.fingerprint import fingerprint
@@ -19,12 +20,13 @@ from gisp_hf.models.gates import Gates
 from gisp_hf.models.surgery import slice_structures
 from gisp_hf.models.wrapped import dense_weight
 from gisp_hf.pruning.engine import Engine
+from gisp_hf.recovery.record import Restoration
 from gisp_hf.upstream import differentiable_4bit
 from tests import runs
 from tests.runs import LEVELS, tiny_config
 from tests.test_criteria import METHODS, assert_equal_orders, tokens
 from tests.test_seams import random_keeps, toy  # noqa: F401  a fixture
-from tests.tiny import tiny_model
+from tests.tiny import tiny_blocks, tiny_model
 
 
 def _needs(package: str) -> pytest.MarkDecorator:
@@ -318,6 +320,35 @@ def test_a_quantized_model_with_an_adapter_needs_no_help(base, tmp_path) -> None
     trainer = runs.make_trainer(adapted(load(base, "nf4")), tmp_path / "peft", pruner=pruner)
     trainer.train()
     assert_equal_orders(pruner.trajectory, expected.trajectory)
+
+
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("nf4", marks=_needs("bitsandbytes"))])
+def test_levels_are_restored_as_they_are_in_their_folders(kind, base, tmp_path) -> None:
+    """The definition: `restore` on a level that was loaded from its folder, with the run's own calibration data."""
+    model = adapted(load(base), seed=1) if kind == "adapter" else load(base, kind)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pruner = GISPPruner(CONFIG, tmp_path / "levels", base_model=str(base), restore=RestoreConfig())
+    found = prune(model, tmp_path, pruner=pruner)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)])
+    for level in LEVELS:
+        folder = found.level_folders[level]
+        check_manifest(folder)
+        expected = found.trajectory.apply(load(base), sparsity=level)
+        record = restore(expected, base, [{"input_ids": part} for part in ids.split(8)], progress=False)
+        saved = Restoration.load(folder)
+        assert saved.changed == record.changed and saved.tokens == record.tokens
+        tensors = load_file(folder / "model.safetensors")
+        for name, parameter in expected.named_parameters():
+            torch.testing.assert_close(tensors[name], parameter.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_an_evaluation_of_restored_levels_that_the_model_cannot_hold_is_refused(base, tmp_path) -> None:
+    options = {"restore": RestoreConfig(), "evaluate": lambda model: {"loss": 0.0}}
+    pruner = GISPPruner(CONFIG, tmp_path / "levels", base_model=str(base), **options)
+    with pytest.raises(ValueError, match=r"cannot hold restored weights.*\(Measure\) are to see; leave these out"):
+        prune(adapted(load(base)), tmp_path, pruner=pruner)
+    assert not list((tmp_path / "levels").iterdir())
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

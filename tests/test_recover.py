@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback,
 import gisp_hf.recovery.time_limit as time_limit
 from gisp_hf import RestoreConfig, restore_level
 from gisp_hf.cli.main import main
+from gisp_hf.data import load_calibration
 from gisp_hf.hub.plan import make_plan
 from gisp_hf.hub.run_cards import card_writer
 from gisp_hf.levels.info import levels_json, read_levels
@@ -23,9 +24,10 @@ from gisp_hf.losses import Distillation, margin_loss
 from gisp_hf.losses.distillation import check_teacher
 from gisp_hf.models.fingerprint import fingerprint
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.recovery.lora import merge_adapters
+from gisp_hf.recovery.lora import merge, merge_adapters
 from gisp_hf.recovery.lora_record import Recovery
 from gisp_hf.recovery.time_limit import TimeLimit
+from gisp_hf.recovery.vectors import attach_vectors
 from tests.lora import Watch, data_of, logits_of, recover, words
 from tests.restoring import ids_of, pair
 from tests.runs import prune, tiny_config
@@ -143,6 +145,72 @@ def test_a_merged_weight_is_rounded_once(dtype) -> None:
         torch.testing.assert_close(logits_of(merged), logits, rtol=1e-4, atol=1e-4)
 
 
+def is_vector(name: str, train: str) -> bool:
+    return name.endswith("norm.weight" if train == "norms" else ("o_proj.weight", "down_proj.weight"))
+
+
+@pytest.mark.parametrize("train", ["norms", "scales"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_folded_vectors_are_their_definition(family, dtype, train) -> None:
+    _, level = pair(family, dtype=dtype)
+    before = {name: parameter.detach().clone() for name, parameter in level.named_parameters()}
+    plain = logits_of(level)
+    attach_vectors(level, train)
+    trained = {name: p for name, p in level.named_parameters() if p.requires_grad}
+    assert {n.partition(".parametrizations")[0] + ".weight" for n in trained} == {
+        n for n in before if is_vector(n, train)
+    }
+    assert torch.equal(logits_of(level), plain)  # vectors change nothing yet
+    torch.manual_seed(0)
+    expected = dict(before)
+    for name, change in trained.items():
+        change.data.normal_(std=0.3)
+        weight = name.partition(".parametrizations")[0] + ".weight"
+        own = before[weight].float()
+        changed = own.clone()
+        for column in range(len(change)):  # of a matrix: one factor for each input
+            changed[..., column] = (
+                own[..., column] * (1 + change[column]) if own.ndim == 2 else own[column] + change[column]
+            )
+        expected[weight] = changed.to(dtype)
+    logits = logits_of(level)
+    folded = merge(level)
+    assert dict(folded.named_parameters()).keys() == before.keys()
+    for name, parameter in folded.named_parameters():
+        assert parameter.dtype == dtype and torch.equal(parameter, expected[name]), name
+    assert torch.equal(logits_of(folded), logits) and not torch.equal(logits, plain)
+
+
+def test_scaled_weights_equal_scaled_inputs() -> None:
+    _, level = pair("llama")
+    projection = level.model.layers[0].mlp.down_proj
+    x, own = torch.randn(5, projection.in_features), projection.weight.detach().clone()
+    attach_vectors(level, "scales")
+    change = projection.parametrizations.weight[0].change
+    change.data.normal_()
+    merge(level)
+    torch.testing.assert_close(projection(x), (x * (1 + change)) @ own.T)
+
+
+@pytest.mark.parametrize("train", ["norms", "scales"])
+def test_trained_vectors_are_saved_as_a_level(train, made, tmp_path) -> None:
+    watch = Watch()
+    data = load_calibration(str(words(tmp_path)), tiny_tokenizer(), tokens=128, block_size=16)  # the same in each step
+    options = {"callbacks": [watch], "data": data, "learning_rate": 0.03}
+    folder = recover(made.restored, tmp_path / "run" / LEVEL, train=train, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(model), watch.logits, rtol=1e-4, atol=1e-5)
+    assert watch.losses[-1] < watch.losses[0]
+    before, after = (load_file(path / "model.safetensors") for path in (made.restored, folder))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != is_vector(name, train), name
+    record = Recovery.load(folder)
+    assert (record.train, record.lora, record.restored) == (train, {}, True)
+    assert set(record.changed) == {name for name in before if is_vector(name, train)}
+    assert check_manifest(folder) >= {"recovery.json", "restoration.json"}
+
+
 class Spoil(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         with torch.no_grad():
@@ -169,6 +237,8 @@ def test_impossible_requests_fail_before_work(made, tmp_path) -> None:
     refuse("80 entries in its vocabulary and the student 64", teacher=tiny_model(vocab_size=80))
     data = data_of(tmp_path)
     refuse("targets that are tokens", data=SimpleNamespace(loss=margin_loss, provenance={"objective": "margin"}))
+    refuse("train must be one of lora, norms, scales, got 'all'", train="all")
+    refuse("lora= has settings of adapters, and train='norms' trains none", train="norms", lora=LoraConfig())
     refuse("modules_to_save", lora=LoraConfig(modules_to_save=["lm_head"]), data=data)
     refuse("holds no trajectory", FileNotFoundError, level=tmp_path / "nothing")
     with pytest.raises(ValueError, match="trained after pruning"):

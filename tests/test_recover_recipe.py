@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gisp_hf.evaluation import perplexity
 from gisp_hf.levels.info import read_levels
+from gisp_hf.recovery.lora_record import Recovery
 from recipes import recover, restore_study
 from recipes.demo_data import DOMAINS, Domain, held_out_tokens
 from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
@@ -46,3 +47,8 @@ def test_cells_run_once_and_give_a_table(tmp_path: Path, monkeypatch, capsys) ->
     assert text.strip() == capsys.readouterr().out.strip()
     recover.main(["--report", "--output-dir", str(tmp_path / "out")])
     assert text.strip() in capsys.readouterr().out
+    recover.main([*argv, "0.30-restored-scales"])
+    (folder,) = (tmp_path / "work").glob("recovered-*-scales-*")
+    record = Recovery.load(folder / level.name)
+    assert record.train == "scales" and record.training["learning_rate"] == 5e-3
+    assert "restored, scales" in (tmp_path / "out" / "results.md").read_text()

@@ -56,6 +56,12 @@ class Unpruned:
         shown = Path(name).resolve().name if hide_path and Path(name).is_dir() else name
         return Base(id=shown, revision=files.revision, fingerprint=fingerprint)
 
+    @property
+    def files(self) -> Files:
+        """The checkpoint that `identify` has found."""
+        assert self._files is not None, "identify comes first"
+        return self._files
+
     def save_level(self, level: Trajectory, folder: Path, **options: Any) -> None:
         """Cuts a level out of the files and saves it.
 
@@ -63,8 +69,7 @@ class Unpruned:
             level: the removal order up to it, and no further.
             options: tokenizer, use_cache and replace of `gisp_hf.levels.save.save_level`.
         """
-        assert self._files is not None, "identify comes first"
-        save_level(cut_level(level, self._files, None), folder, trajectory=level, sliced=True, **options)
+        save_level(cut_level(level, self.files, None), folder, trajectory=level, sliced=True, **options)
 
 
 def _open(name: str, revision: str | None, *, layout: Layout) -> tuple[Files, PreTrainedModel]:

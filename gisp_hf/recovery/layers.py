@@ -42,6 +42,16 @@ class ModelWeights:
         return {name: slice_tensor(whole(self._tensors[name].detach()), self._cuts.get(name, ())) for name in names}
 
 
+class CutWeights:
+    """The rows that a level keeps of other weights (`Layout.rows_kept`), cut as they are read."""
+
+    def __init__(self, weights: Weights, cuts: Rows) -> None:
+        self._weights, self._cuts = weights, cuts
+
+    def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: slice_tensor(t, self._cuts.get(name, ())) for name, t in self._weights.read(names).items()}
+
+
 class StoredWeights:
     """A copy of a model's weights in host memory."""
 

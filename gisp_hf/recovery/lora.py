@@ -1,4 +1,4 @@
-"""Recovery by LoRA: adapters are trained on a saved level, merged into its weights, and saved as a level again."""
+"""Recovery: adapters or vectors are trained on a saved level, merged into its weights, and saved as a level again."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,8 +24,9 @@ from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.fingerprint import fingerprint
 from gisp_hf.models.shards import model_fingerprint, plain_parameters
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.recovery.lora_record import Recovery, is_recovered
+from gisp_hf.recovery.lora_record import TRAINED, Recovery, is_recovered
 from gisp_hf.recovery.record import is_restored
+from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
 
 TRAINING_KEYS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -40,13 +41,14 @@ def recover_level(
     *,
     data: Calibration,
     arguments: TrainingArguments,
+    train: Literal["lora", "norms", "scales"] = "lora",
     lora: LoraConfig | None = None,
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Path:
-    """Trains LoRA adapters on a level with the Trainer and writes the merged model, with ``recovery.json``.
+    """Trains a few parameters of a level with the Trainer and writes the merged model, with ``recovery.json``.
 
-    Only parameters that the adapters changed differ from those of the level; all other files and tensors are the same,
+    Only parameters that the training changed differ from those of the level; all other files and tensors are the same,
     byte for byte. A level that was restored before keeps its ``restoration.json``. Works on several processes with DDP
     (``accelerate launch``): all call this, the first one writes.
 
@@ -56,6 +58,8 @@ def recover_level(
             own, it is a run for ``gisp-hf push`` and ``gisp-hf levels``.
         data: of `load_calibration`, for language modelling or completion: text for training, not the calibration set.
         arguments: of the Trainer. ``seed`` also fixes the start of the adapters.
+        train: "lora": low-rank adapters; "norms": the weights of norms; "scales": a factor for each input of ``o_proj``
+            and ``down_proj`` (`gisp_hf.recovery.vectors`). The last two are few, and take a higher learning rate.
         lora: adapters; ``LoraConfig()`` takes the modules that PEFT has for the unpruned family.
         teacher: a model with the same vocabulary, such as the unpruned model, or an elastic one at full width: the loss
             is then the forward KL divergence from its logits (`gisp_hf.losses.Distillation`). It is moved to the
@@ -69,7 +73,8 @@ def recover_level(
         FileExistsError: if ``output_dir`` exists.
         FileNotFoundError: if ``level`` is no level.
         ValueError: if the level is recovered already or not as it was saved, the teacher has another vocabulary or is
-            not at full width, the data are not for this, adapters are on tied weights, or parameters are sharded.
+            not at full width, the data are not for this, ``lora`` comes with another ``train``, adapters are on tied
+            weights, or parameters are sharded.
         FloatingPointError: if the loss or a merged weight is not finite. Nothing is written then.
     """
     level, output_dir = Path(level), Path(output_dir)
@@ -77,10 +82,14 @@ def recover_level(
         raise FileExistsError(f"{output_dir} exists already; remove it or choose another output folder")
     if is_recovered(level):
         raise ValueError(f"{level} is recovered already; use it as it is, or recover the level that it was made from")
+    if train not in TRAINED:
+        raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
+    if lora is not None and train != "lora":
+        raise ValueError(f"lora= has settings of adapters, and train={train!r} trains none; leave one of the two out")
     if data.loss is not language_modeling_loss:
         raise ValueError(
-            f"LoRA trains on targets that are tokens, and these data are for {data.provenance.get('objective')}; use "
-            "load_calibration(..., objective='completion') or a text"
+            f"recovery trains on targets that are tokens, and these data are for {data.provenance.get('objective')}; "
+            "use load_calibration(..., objective='completion') or a text"
         )
     if lora is not None and lora.modules_to_save:
         raise ValueError(
@@ -94,10 +103,13 @@ def recover_level(
         check_teacher(shell, teacher)
     stored: torch.dtype = shell.config.dtype or torch.float32  # type: ignore[assignment]
     run_in = torch.float32 if slow_factor(stored, arguments.device) > 1 else stored
-    model = AutoModelForCausalLM.from_pretrained(level, dtype=run_in)
+    adapted: PeftModel | PreTrainedModel = AutoModelForCausalLM.from_pretrained(level, dtype=run_in)
     set_seed(arguments.seed)
-    adapted = get_peft_model(model, lora or LoraConfig(task_type="CAUSAL_LM"))
-    _check_untied(adapted)
+    if train == "lora":
+        adapted = get_peft_model(adapted, lora or LoraConfig(task_type="CAUSAL_LM"))
+        _check_untied(adapted)
+    else:
+        attach_vectors(adapted, train)
     arguments = copy.copy(arguments)
     arguments.include_num_input_tokens_seen = "all"  # for the record
     trainer = Trainer(
@@ -119,13 +131,10 @@ def recover_level(
     if not math.isfinite(found.training_loss):
         raise FloatingPointError(f"the training loss is {found.training_loss}; lower the learning rate or the rank")
     if trainer.is_world_process_zero():
-        adapters = cast(LoraConfig, adapted.peft_config["default"])
         facts: dict[str, Any] = {
             "objective": "language_modeling" if teacher is None else "distillation",
-            "lora": {
-                **{key: getattr(adapters, key) for key in LORA_KEYS},
-                "target_modules": _modules(adapters),
-            },
+            "train": train,
+            "lora": _describe_lora(adapted),
             "training": {key: getattr(arguments, key) for key in TRAINING_KEYS},
             "steps": trainer.state.global_step,
             "tokens": int(trainer.state.num_input_tokens_seen),
@@ -135,9 +144,17 @@ def recover_level(
             "data": data.provenance,
             "base": asdict(trajectory.base),
         }
-        _write(merge_adapters(adapted), level, output_dir, facts)
+        _write(merge(adapted), level, output_dir, facts)
     trainer.accelerator.wait_for_everyone()
     return output_dir
+
+
+def merge(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The model with what was trained on it in its weights. ``model`` cannot be used afterwards."""
+    if isinstance(model, PeftModel):
+        return merge_adapters(model)
+    fold_vectors(model)
+    return cast(PreTrainedModel, model.eval())
 
 
 def merge_adapters(model: PeftModel) -> PreTrainedModel:
@@ -162,6 +179,13 @@ def _check_untied(model: PeftModel) -> None:
                     f"the adapted weight is also {path}.{name}: merged, the adapter would change both; leave the "
                     "embeddings and the LM head out of target_modules"
                 )
+
+
+def _describe_lora(model: PeftModel | PreTrainedModel) -> dict[str, Any]:
+    if not isinstance(model, PeftModel):
+        return {}
+    lora = cast(LoraConfig, model.peft_config["default"])
+    return {**{key: getattr(lora, key) for key in LORA_KEYS}, "target_modules": _modules(lora)}
 
 
 def _modules(lora: LoraConfig) -> str | list[str] | None:
@@ -191,7 +215,7 @@ def _write(merged: PreTrainedModel, level: Path, output_dir: Path, facts: Mappin
             before = places.read([name])[name]
             after = parameter.detach().to("cpu", before.dtype)
             if not after.isfinite().all():
-                raise FloatingPointError(f"{name} is not finite in {before.dtype} once adapters are merged")
+                raise FloatingPointError(f"{name} is not finite in {before.dtype} once the training is merged")
             if not torch.equal(before, after):
                 filename, own = places.places(name)
                 overwrite_tensors(temporary / filename, {own: after})

@@ -1,4 +1,4 @@
-"""The record of a recovery by LoRA: ``recovery.json`` in a level's folder."""
+"""The record of a recovery: ``recovery.json`` in a level's folder."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from gisp_hf.untrusted import check_list, check_number, check_object, check_text
 
 RECOVERY_FILE = "recovery.json"
 FORMAT = 1
+TRAINED = ("lora", "norms", "scales")
 OBJECTIVES = ("language_modeling", "distillation")
 
 
@@ -20,7 +21,7 @@ class Recovery:
 
     Attributes:
         objective: one of `OBJECTIVES`.
-        lora: settings of the adapters: rank, modules ...
+        lora: settings of the adapters: rank, modules ...; empty if none were trained.
         training: settings of the Trainer: learning rate, batch size, seed ...
         steps: optimizer steps that were made.
         tokens: input tokens that were seen, of all processes; a token counts each time.
@@ -32,6 +33,7 @@ class Recovery:
         teacher: class, name and fingerprint; empty for language modelling.
         data: provenance of the text.
         base: id, revision and fingerprint of the unpruned model.
+        train: one of `TRAINED`.
     """
 
     objective: str
@@ -47,6 +49,7 @@ class Recovery:
     teacher: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
+    train: str = "lora"
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "changed": list(self.changed)}
@@ -71,6 +74,8 @@ class Recovery:
                 raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
             if facts["objective"] not in OBJECTIVES:
                 raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
+            if facts.get("train", "lora") not in TRAINED:
+                raise ValueError(f"train must be one of {', '.join(TRAINED)}")
             for key in ("lora", "training", "teacher", "data", "base"):
                 check_object(facts[key], key)
             for key in ("steps", "tokens"):
@@ -89,5 +94,5 @@ class Recovery:
 
 
 def is_recovered(folder: str | Path) -> bool:
-    """Whether a level's folder says that it was trained with LoRA."""
+    """Whether a level's folder says that it was trained after pruning."""
     return (Path(folder) / RECOVERY_FILE).is_file()

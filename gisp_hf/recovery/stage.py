@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gisp_hf.config import level_name
 from gisp_hf.levels.files import CONFIG_FILE, Files, empty_model, read_model_config
+from gisp_hf.levels.unpruned import Unpruned
 from gisp_hf.levels.weights import FileWeights
 from gisp_hf.models.layout import Rows
 from gisp_hf.models.shards import local_rows, plain_parameters
@@ -23,8 +25,8 @@ from gisp_hf.recovery.batches import Batch, batches_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.fit import Fit
 from gisp_hf.recovery.folder import write_restored
-from gisp_hf.recovery.layers import ModelWeights, StoredWeights, Weights, shell_of
-from gisp_hf.recovery.restore import batches_for, draw, record_of, restored_fits
+from gisp_hf.recovery.layers import CutWeights, ModelWeights, StoredWeights, Weights, shell_of
+from gisp_hf.recovery.restore import batches_for, draw, open_base, record_of, restored_fits
 from gisp_hf.training.stages import Level, Run, Stage
 
 
@@ -35,44 +37,61 @@ class Restore(Stage):
     hold the restored ones: numbers measured there are those of the level in the folder.
 
     The unpruned weights are read layer by layer from the files that the model came from, if they are on this machine
-    and hold the same weights; otherwise a copy of them stays in host memory.
+    and hold the same weights; otherwise a copy of them stays in host memory. If the model is quantized or has adapters,
+    the level is cut out of the unquantized files, as in its folder; the model of the run has no part in it.
 
     Args:
         config: settings. Without ``config.data`` the text is the run's own calibration data.
         then: stages that see the restored model.
+        unpruned: the files to cut levels out of, where the model of the run has gates.
 
     Raises:
-        ValueError: when the run begins, if there is no calibration text or no copy of the unpruned weights.
+        ValueError: when the run begins, if there is no calibration text or no copy of the unpruned weights, or if
+            ``then`` has stages and the model is quantized or has adapters: it cannot hold restored weights.
         FloatingPointError: if something on the way is not finite; the level in the folder is whole, and unrestored.
     """
 
-    def __init__(self, config: RestoreConfig, then: Sequence[Stage] = ()) -> None:
+    def __init__(self, config: RestoreConfig, then: Sequence[Stage] = (), *, unpruned: Unpruned | None = None) -> None:
         self.config = config
         self.then = list(then)
+        self.unpruned = unpruned
 
     def begin(self, run: Run) -> None:
         super().begin(run)
+        if run.gated and self.then:
+            names = ", ".join(type(stage).__name__ for stage in self.then)
+            raise ValueError(
+                f"the model is quantized or has adapters and cannot hold restored weights, which evaluate= and stages= "
+                f"({names}) are to see; leave these out and measure the saved levels (gisp-hf evaluate), or leave "
+                "restore= out and restore them after the run (gisp-hf restore)"
+            )
         for stage in self.then:
             stage.begin(run)
         self._calibration = None if self.config.data is None else draw(self.config, run.tokenizer)
         self._batches = self._draw_batches(run)
-        self._base_shell, self._base_weights = _keep_base(run)
+        if run.gated:
+            assert self.unpruned is not None, "a run with gates cannot restore from its own weights"
+            self._base_shell, self._base_weights = open_base(self.unpruned.files)
+        else:
+            self._base_shell, self._base_weights = _keep_base(run)
 
     def __call__(self, level: Level) -> Level:
         run, trajectory = self.run, level.trajectory
         kept = trajectory.kept_at(len(trajectory))
         cuts: Rows = {} if run.sliced else trajectory.layout.rows_kept(kept)
+        weights: Weights = CutWeights(self._base_weights, cuts) if run.gated else ModelWeights(level.model, cuts)
+        stored = self._base_shell.config.dtype or torch.float32
         shell = pruned_shell(self._base_shell, trajectory.layout, [len(keep) for keep in kept])
         fits = list(
             restored_fits(
                 shell,
-                ModelWeights(level.model, cuts),
+                weights,
                 shell_of(self._base_shell),
                 self._base_weights,
                 self._batches,
                 config=self.config,
                 device=level.model.device,
-                dtype=level.model.dtype,
+                dtype=cast(torch.dtype, stored) if run.gated else level.model.dtype,
                 progress=run.main_process,
             )
         )
@@ -92,9 +111,10 @@ class Restore(Stage):
                 f"projections {before:.3f} -> {after:.3f}"
             )
         level = replace(level, changed=level.changed | set(record.changed))
-        with with_weights(level.model, fits, cuts):
-            for stage in self.then:
-                level = stage(level)
+        if self.then:
+            with with_weights(level.model, fits, cuts):
+                for stage in self.then:
+                    level = stage(level)
         return level
 
     def finish(self, trajectory: Trajectory, levels: Mapping[float, Level]) -> None:
