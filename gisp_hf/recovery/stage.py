@@ -62,7 +62,7 @@ class Restore(Stage):
             names = ", ".join(type(stage).__name__ for stage in self.then)
             raise ValueError(
                 f"the model is quantized or has adapters and cannot hold restored weights, which evaluate= and stages= "
-                f"({names}) are to see; leave these out and measure the saved levels (gisp-hf evaluate), or leave "
+                f"({names}) are to see; leave these out and measure the saved levels (gisp-hf eval), or leave "
                 "restore= out and restore them after the run (gisp-hf restore)"
             )
         for stage in self.then:
