@@ -1,4 +1,4 @@
-"""Levels in other libraries: quantised by from_pretrained, exported by torch.export and to ONNX, run by ONNX Runtime."""
+"""Levels in other libraries: quantised by from_pretrained, by torch.export, as ONNX and in ONNX Runtime."""
 
 from importlib.util import find_spec
 
