@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import gisp_hf  # noqa: F401  teaches AutoModelForCausalLM the pruned classes
@@ -41,6 +42,7 @@ def test_folder_holds_all_that_loading_needs_and_no_pickle(level) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "model.safetensors.index.json",
         "modeling_gisp.py",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -52,6 +54,23 @@ def test_folder_holds_all_that_loading_needs_and_no_pickle(level) -> None:
     assert config["auto_map"]["AutoModelForCausalLM"].startswith("modeling_gisp.Gisp")
     assert config["model_type"].startswith("gisp_") and len(config["per_layer_config"]) >= 1
     assert "quantization_config" not in config
+
+
+def test_the_index_names_the_tensors_of_the_single_file_and_no_other_file(level) -> None:
+    """vLLM reads the safetensors files that an index names, and every one of a folder without an index."""
+    _, folder = level
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    assert index["weight_map"] == dict.fromkeys(tensors, "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert len(list(folder.glob("*.safetensors"))) == 2
+
+
+def test_loads_without_the_index_as_older_levels_do(level, tmp_path) -> None:
+    model, folder = level
+    old = shutil.copytree(folder, tmp_path / "old")
+    (old / "model.safetensors.index.json").unlink()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(old)(inputs()).logits, model(inputs()).logits)
 
 
 def test_saved_equals_loaded(level, tmp_path) -> None:

@@ -1,10 +1,10 @@
-"""Levels in other libraries: quantised by from_pretrained, exported by torch.export and to ONNX."""
+"""Levels in other libraries: quantised by from_pretrained, by torch.export, as ONNX and in ONNX Runtime."""
 
 from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from tests.cut import save_cut
 
@@ -42,8 +42,9 @@ def _torchao() -> TorchAoConfig:
 QUANTIZED = {  # name -> (config, largest error of logits, class of the weights)
     "bitsandbytes-8bit": (lambda: BitsAndBytesConfig(load_in_8bit=True), 0.05, "Int8Params"),
     "torchao-int8": (_torchao, 0.05, "Int8Tensor"),
+    "quanto-int8": (lambda: QuantoConfig(weights="int8"), 0.05, "WeightQBytesTensor"),
 }
-PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum.quanto"}
 
 
 @pytest.mark.slow
@@ -73,13 +74,9 @@ def test_torch_export_computes_the_same_at_any_length(level) -> None:
         assert error_of(program(input_ids=shorter, use_cache=False).logits, model(shorter).logits) < 1e-5
 
 
-@pytest.mark.slow
-@_needs("onnx")
-@_needs("onnxscript")
-def test_onnx_computes_the_same(level, tmp_path) -> None:
-    from onnx.reference import ReferenceEvaluator
-
-    _, model, expected = level
+@pytest.fixture(scope="module")
+def onnx_file(level, tmp_path_factory) -> str:
+    _, model, _ = level
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:
@@ -89,7 +86,27 @@ def test_onnx_computes_the_same(level, tmp_path) -> None:
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
             return self.model(input_ids=input_ids, use_cache=False).logits
 
-    path = str(tmp_path / "level.onnx")
+    path = str(tmp_path_factory.mktemp("onnx") / "level.onnx")
     torch.onnx.export(Logits().eval(), (IDS,), path, dynamo=True, input_names=["input_ids"], output_names=["logits"])
-    (found,) = ReferenceEvaluator(path).run(None, {"input_ids": IDS.numpy()})
-    assert error_of(torch.from_numpy(found), expected) < 1e-4
+    return path
+
+
+@pytest.mark.slow
+@_needs("onnx")
+@_needs("onnxscript")
+def test_onnx_computes_the_same(level, onnx_file) -> None:
+    from onnx.reference import ReferenceEvaluator
+
+    (found,) = ReferenceEvaluator(onnx_file).run(None, {"input_ids": IDS.numpy()})
+    assert error_of(torch.from_numpy(found), level[2]) < 1e-4
+
+
+@pytest.mark.slow
+@_needs("onnxscript")
+@_needs("onnxruntime")
+def test_onnxruntime_computes_the_same(level, onnx_file) -> None:
+    from onnxruntime import InferenceSession
+
+    session = InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"input_ids": IDS.numpy()})
+    assert error_of(torch.from_numpy(found), level[2]) < 1e-4

@@ -144,7 +144,7 @@ def _write_weights(
                 tensors[name] = tensor.detach().cpu().contiguous()
         if main_process:
             save_file(tensors, folder / filename, metadata={"format": "pt"})
-    if main_process and split.is_sharded:
+    if main_process:  # of a single file too: without an index, vLLM takes trajectory.safetensors for weights
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
