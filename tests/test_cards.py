@@ -18,6 +18,7 @@ from gisp_hf.hub import LevelInfo, cards, read_levels
 from gisp_hf.hub.cards import check_card, level_card, main_card
 from gisp_hf.levels.materialize import materialize
 from gisp_hf.pruning.trajectory import Base
+from gisp_hf.report.curves import has_curves, perplexity_picture
 from tests.test_materialize import random_trajectory, save_base
 from tests.tiny import tiny_model
 
@@ -385,6 +386,36 @@ def test_check_card_refuses(
     assert broken != text
     with pytest.raises(ValueError, match=message):
         check_card(broken)
+
+
+# ---- vLLM, report, curves --------------------------------------------------------------------------------------------
+
+
+def test_the_command_for_vllm(trajectory: Trajectory, levels: list[LevelInfo], monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"vllm serve {REPO} --revision {levels[0].name}"
+    card = level_card(trajectory, levels[0], repo_id=REPO)
+    assert f"{command} --trust-remote-code\n" in card and "tried with levels of Llama models only" not in card
+    mistral = replace(trajectory, layout=replace(trajectory.layout, architecture="mistral"))
+    assert "tried with levels of Llama models only" in level_card(mistral, levels[0], repo_id=REPO)
+    monkeypatch.setattr(cards, "is_plain", lambda trajectory: True)
+    assert f"{command}\n" in level_card(trajectory, levels[0], repo_id=REPO)
+
+
+def test_the_main_card_shows_what_lies_beside_it(trajectory: Trajectory, levels: list[LevelInfo]) -> None:
+    card = main_card(trajectory, levels, repo_id=REPO, report="report.html", curves="perplexity.png")
+    assert "![Perplexity by sparsity](perplexity.png)" in card and "[`report.html`](report.html)" in card
+    check_card(card)
+    alone = main_card(trajectory, levels, repo_id=REPO)
+    assert "report.html" not in alone and "perplexity.png" not in alone
+
+
+def test_the_picture_needs_a_perplexity_of_two_levels(levels: list[LevelInfo]) -> None:
+    measured = [replace(level, metrics={"perplexity": 20.0 + i}) for i, level in enumerate(levels)]
+    assert len(levels) > 1 and has_curves(measured)
+    assert perplexity_picture(measured) == perplexity_picture(measured)
+    assert perplexity_picture(measured).startswith(b"\x89PNG")
+    assert not has_curves([replace(level, metrics={"accuracy": 0.5}) for level in levels])
+    assert not has_curves([measured[0], *(replace(level, metrics={}) for level in levels[1:])])
 
 
 # ---- llama.cpp -------------------------------------------------------------------------------------------------------

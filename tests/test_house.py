@@ -27,7 +27,8 @@ ORDER = [
     "recovery",
     "evaluation",
     "export",
-    *("hub.cards", "report.samples", "report.facts", "report.html"),  # a push writes the report beside the card
+    # a push writes the report beside the card
+    *("hub.cards", "report.samples", "report.facts", "report.curves", "report.html"),
     "hub",
     "report",
     "pruner",

@@ -290,6 +290,8 @@ def test_push_adds_the_page_and_a_second_push_changes_nothing(
     }
     assert facts["samples"] == [{"prompt": "w5", "texts": {NAMES[0]: "w6"}}]
     assert not any("report.html" in hub.files("me/reported", name) for name in NAMES)
+    main_files = hub.files("me/reported")
+    assert main_files["perplexity.png"].startswith(b"\x89PNG") and b"(perplexity.png)" in main_files["README.md"]
     capsys.readouterr()
     assert main(["push", str(run), "--repo", "me/reported", "--license", "mit"]) == 0
     assert "(nothing had changed)" in capsys.readouterr().out

@@ -5,11 +5,10 @@ from pathlib import Path
 
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.cli.common import REVISION_HELP, SOURCE_HELP, note, run_folder, say
-from gisp_hf.hub.plan import REPORT_FILE
 from gisp_hf.levels.info import read_levels
 from gisp_hf.levels.materialize import load_trajectory
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.report.html import report_page
+from gisp_hf.report.html import REPORT_FILE, report_page
 from gisp_hf.report.samples import SAMPLES_FILE, generate_samples, write_samples
 
 DESCRIPTION = (

@@ -53,6 +53,8 @@ def main_card(
     datasets: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     command: str | None = None,
+    report: str | None = None,
+    curves: str | None = None,
 ) -> str:
     """The card of ``main``, which holds the mildest level and shows all of them.
 
@@ -66,6 +68,7 @@ def main_card(
         datasets: ids on the Hub of the calibration data; those that the trajectory records if empty.
         versions: package -> version, of the run.
         command: the command of the run; tokens and paths are taken out.
+        report, curves: names of the HTML page and of the picture beside the card; None: there is none.
 
     Returns:
         Markdown with metadata, ready to be the ``README.md``.
@@ -111,6 +114,8 @@ def main_card(
             "recovered_names": ", ".join(f"`{level.name}`" for level in levels if level.recovered),
             "shown": shown,
             "branch": shown.name,
+            "report": report,
+            "curves": curves,
             "gguf": None,
             "gguf_file": gguf_name(repo_id, shown.name),
             "levels_table": _table(table),

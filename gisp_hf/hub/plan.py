@@ -20,7 +20,6 @@ from gisp_hf.levels.manifest import CHANGING_FILES, MANIFEST_FILE, check_manifes
 from gisp_hf.pruning.trajectory import FACTS_FILE, ORDER_FILE, Trajectory
 
 CARD_FILE = "README.md"
-REPORT_FILE = "report.html"
 GGUF_FILES = "*.gguf"  # of `gisp-hf push --gguf`
 # What from_pretrained reads at the root of a repository, as patterns of fnmatch.
 MODEL_FILES = (
@@ -44,8 +43,8 @@ _ROUNDING = 5e-5  # of a sparsity in the name of a level, which has four digits 
 
 # branch -> text of its card; or a function of the branch and the levels, whose commits are known for ``main`` alone
 Cards = Mapping[str, str] | Callable[[str, Sequence[LevelInfo]], str | None]
-# the run's trajectory and the levels with their commits -> text of the HTML page in ``main``
-Report = Callable[[Trajectory, Sequence[LevelInfo]], str]
+# the run's trajectory and the levels with their commits -> files of ``main``, such as an HTML page and a picture
+Report = Callable[[Trajectory, Sequence[LevelInfo]], Mapping[str, bytes]]
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Plan:
             **self.trajectory,
             **({CARD_FILE: Content(card)} if card.is_file() else {}),
             **_card_files(self.card, MAIN, levels),
-            **({} if self.report is None else {REPORT_FILE: Content(self.report(self.run, levels).encode())}),
+            **({name: Content(data) for name, data in self.report(self.run, levels).items()} if self.report else {}),
             LEVELS_FILE: Content(levels_json(levels)),
         }
 

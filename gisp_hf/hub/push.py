@@ -73,8 +73,8 @@ def push_levels(
             ``main``) is taken; if there is none either, ``main`` keeps the one it has.
         metrics: level -> name -> number, for ``levels.json``, besides those in the folders:
             ``{0.2: {"perplexity": 12.3}}``.
-        report: gives the text of ``report.html`` in ``main`` (`gisp_hf.report.html.report_writer`). None: the
-            repository keeps the one it has, if any.
+        report: gives ``report.html`` and pictures for ``main`` (`gisp_hf.report.html.report_writer`). None: the
+            repository keeps those it has, if any.
         replace: write over another run that the repository holds, instead of refusing it.
         progress: whether the client shows its bars.
         endpoint: of the Hub; the environment's ``HF_ENDPOINT`` if None.

@@ -16,6 +16,8 @@ from gisp_hf.hub.runs import MAIN
 from gisp_hf.levels.files import CONFIG_FILE
 from gisp_hf.levels.info import LevelInfo
 from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.report.curves import CURVES_FILE, has_curves
+from gisp_hf.report.html import REPORT_FILE
 from gisp_hf.untrusted import odd_contents, read_json
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,8 @@ def card_writer(
         saved = levels[0].name if branch == MAIN else branch
         known: dict[str, Any] = {"repo_id": repo_id, "license": license, "versions": _versions(folder / saved)}
         if branch == MAIN:
-            return main_card(trajectory, pushed, **known)
+            curves = CURVES_FILE if has_curves(pushed) else None  # a push with these cards has both files
+            return main_card(trajectory, pushed, report=REPORT_FILE, curves=curves, **known)
         level = next(level for level in levels if level.name == branch)
         return level_card(trajectory, level, gguf=_gguf_file(folder / branch), **known)
 

@@ -17,8 +17,11 @@ from typing import Any
 
 from gisp_hf.levels.info import LevelInfo
 from gisp_hf.pruning.trajectory import Trajectory
+from gisp_hf.report.curves import CURVES_FILE, has_curves, perplexity_picture
 from gisp_hf.report.facts import report_facts
 from gisp_hf.report.samples import Sample
+
+REPORT_FILE = "report.html"
 
 # In a script element only "<" can end it; the others are line ends to some readers of JSON.
 _ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
@@ -58,11 +61,16 @@ def report_page(
     )
 
 
-def report_writer(folder: str | Path, repo_id: str) -> Callable[[Trajectory, Sequence[LevelInfo]], str]:
-    """A function that gives a push the report of a run in ``folder``, whose commands name the repository."""
+def report_writer(folder: str | Path, repo_id: str) -> Callable[[Trajectory, Sequence[LevelInfo]], dict[str, bytes]]:
+    """A function that gives a push the report of a run in ``folder``, whose commands name the repository.
 
-    def write(trajectory: Trajectory, levels: Sequence[LevelInfo]) -> str:
-        return report_page(trajectory, levels, source=repo_id, folder=Path(folder))
+    It returns name -> contents: the page, and the picture of the card where there are curves to draw.
+    """
+
+    def write(trajectory: Trajectory, levels: Sequence[LevelInfo]) -> dict[str, bytes]:
+        page = report_page(trajectory, levels, source=repo_id, folder=Path(folder))
+        pictures = {CURVES_FILE: perplexity_picture(levels)} if has_curves(levels) else {}
+        return {REPORT_FILE: page.encode(), **pictures}
 
     return write
 

@@ -7,7 +7,7 @@ figure: the backend and the style of a notebook stay as they are. The suffix of 
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +49,7 @@ def _show_sparsity(axes: "Axes", label: str) -> None:
 
 def plot_perplexity(
     levels: Mapping[str, Iterable[tuple[float, float]]],
-    path: str | PathLike[str],
+    path: str | PathLike[str] | IO[bytes],
     *,
     baselines: Mapping[str, float] | None = None,
 ) -> None:
@@ -57,7 +57,7 @@ def plot_perplexity(
 
     Args:
         levels: name of a series -> its points (sparsity as a fraction 0-1, perplexity), in any order.
-        path: the file to write.
+        path: the file to write; an open file gets a PNG.
         baselines: name -> perplexity, drawn as horizontal lines: ``{"dense": 23.0}``.
 
     Raises:
