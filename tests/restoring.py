@@ -39,9 +39,20 @@ def ids_of(count: int = 64, length: int = 16) -> torch.Tensor:
 
 @torch.no_grad()
 def restore_by_whole_matrices(
-    level: PreTrainedModel, base: PreTrainedModel, ids: torch.Tensor, *, blend: float, ridge: float
+    level: PreTrainedModel,
+    base: PreTrainedModel,
+    ids: torch.Tensor,
+    *,
+    blend: float,
+    ridge: float,
+    counted: torch.Tensor | None = None,
 ) -> None:
-    """The definition, for families without norms behind the projections: all tokens at once, lstsq, whole models."""
+    """The definition, for families without norms behind the projections: all tokens at once, lstsq, whole models.
+
+    Args:
+        counted: (B, T), the tokens that count; None: all.
+    """
+    counted = torch.ones_like(ids, dtype=torch.bool) if counted is None else counted
     for number in range(len(level.model.layers)):
         for name in PROJECTIONS:
             small, large = level.model.layers[number], base.model.layers[number]
@@ -53,8 +64,8 @@ def restore_by_whole_matrices(
             residual = goal["before"] + goal["output"] - seen["before"]
             target = (1 - blend) * own + blend * residual
             fitted = small.get_submodule(name)
-            x = seen["input"].flatten(0, 1).double()
-            rest = (target - seen["output"]).flatten(0, 1).double()
+            x = seen["input"][counted].double()
+            rest = (target - seen["output"])[counted].double()
             weight = (ridge * x.square().sum(dim=0).mean()).sqrt()
             rows = torch.cat([x, weight * torch.eye(x.shape[1], dtype=torch.float64)])
             right = torch.cat([rest, torch.zeros(x.shape[1], rest.shape[1], dtype=torch.float64)])

@@ -192,7 +192,7 @@ def test_card_prints_the_cards(run: Path, capsys: pytest.CaptureFixture[str]) ->
     version = AutoModelForCausalLM.from_pretrained(run / "sparsity-0.20").config.transformers_version
     known = {"license": "mit", "versions": {"transformers": version}}
     assert main(["card", str(run), "--license", "mit"]) == 0
-    assert capsys.readouterr().out == main_card(trajectory, found, repo_id="user/run", **known)
+    assert capsys.readouterr().out == main_card(trajectory, found, repo_id="user/run", report="report.html", **known)
     assert main(["card", str(run), "--level", "0.50", "--repo", "me/x", "--license", "mit"]) == 0
     assert capsys.readouterr().out == level_card(trajectory, found[1], repo_id="me/x", **known)
 

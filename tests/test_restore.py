@@ -145,6 +145,34 @@ def test_a_padded_batch_equals_its_sequences_alone() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
+def test_answers_alone_count_if_asked() -> None:
+    base, level = pair()
+    expected = copy.deepcopy(level)
+    examples, counted = [], torch.zeros(64, 16, dtype=torch.bool)
+    for row, block in enumerate(tiny_blocks(64)):
+        first = 4 + row % 6  # the answer's first token
+        labels = block["input_ids"].clone()
+        labels[:first] = -100
+        examples.append({"input_ids": block["input_ids"], "labels": labels})
+        counted[row, first - 1 :] = True  # and the one that it is predicted from
+    config = RestoreConfig(blend=0.5, batch_size=24, positions="answers")
+    record = restore(level, base, examples, config, progress=False)
+    assert record.tokens == int(counted.sum())
+    restore_by_whole_matrices(expected, base, ids_of(), blend=0.5, ridge=0.01, counted=counted)
+    for (name, found), wanted in zip(level.named_parameters(), expected.named_parameters()):
+        torch.testing.assert_close(found, wanted[1], rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_answers_are_needed_where_they_alone_count() -> None:
+    base, level = pair()
+    config = RestoreConfig(positions="answers")
+    with pytest.raises(ValueError, match="needs calibration data with labels"):
+        restore(level, base, [{"input_ids": ids_of(4)}], config, progress=False)
+    without = [{"input_ids": ids_of(4), "labels": torch.full((4, 16), -100)}]
+    with pytest.raises(ValueError, match="all labels are -100"):
+        restore(level, base, without, config, progress=False)
+
+
 def test_a_bfloat16_level_is_rounded_once() -> None:
     base, level = pair(dtype=torch.bfloat16)
     batches = [{"input_ids": ids_of(32)}]
@@ -262,6 +290,7 @@ def test_tokens_are_a_limit() -> None:
         ({"ridge": (float("nan"),)}, "ridge must be one or more"),
         ({"tokens": 0}, "tokens must be a whole number of at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size must be a whole number"),
+        ({"positions": "prompt"}, "positions must be all or answers"),
         ({"seed": -1}, "seed must be a whole number"),
     ],
 )

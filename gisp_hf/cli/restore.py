@@ -38,6 +38,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, metavar="N", default=DEFAULT.tokens, help=f"of the text (default: {DEFAULT.tokens})"
     )
     parser.add_argument(
+        "--positions",
+        choices=("all", "answers"),
+        default="all",
+        help="tokens that count: all, or those of answers, of data with answers (default: all)",
+    )
+    parser.add_argument(
         "--blend",
         type=float,
         metavar="FRACTION",
@@ -72,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
     config = RestoreConfig(
         data=options.data,
         tokens=options.tokens,
+        positions=options.positions,
         blend=options.blend,
         ridge=tuple(options.ridge),
         batch_size=options.batch_size,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gisp_hf.data.shares import split_mixture
 
@@ -25,6 +25,13 @@ class RestoreConfig:
     tokens: int | None = field(
         default=65_536,
         metadata={"help": "Most calibration tokens. Ten times the inputs of the widest projection are enough."},
+    )
+    positions: Literal["all", "answers"] = field(
+        default="all",
+        metadata={
+            "help": "Tokens that count in the fit: all, or answers: those with a loss and those that predict them, of "
+            "data with answers (objective completion, margin or self)."
+        },
     )
     blend: float | None = field(
         default=None,
@@ -55,12 +62,19 @@ class RestoreConfig:
             raise ValueError(f"ridge must be one or more numbers of at least 0, got {self.ridge}; 0.01 is usual")
         if self.blend is not None and not 0 <= self.blend <= 1:
             raise ValueError(f"blend must lie in [0, 1], got {self.blend:g}; None chooses it by the sparsity")
+        if self.positions not in ("all", "answers"):
+            raise ValueError(f"positions must be all or answers, got {self.positions!r}")
         for name in ("tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+
+    @property
+    def answers(self) -> bool:
+        """Whether only tokens of answers count."""
+        return self.positions == "answers"
 
     def blend_at(self, sparsity: float) -> float:
         """The blend for a level of this sparsity (a fraction, 0-1)."""

@@ -31,7 +31,7 @@ from transformers.utils import logging as progress_bars
 
 from gisp_hf.models.layout import Layout
 from gisp_hf.pruning.trajectory import Trajectory
-from gisp_hf.recovery.batches import Batch
+from gisp_hf.recovery.batches import Batch, mask_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.grams import Grams, mean_diagonal, solve_positive
 from gisp_hf.recovery.hidden import Hidden
@@ -227,7 +227,7 @@ class _Streams:
             linear = {name: _linear(layer, name) for name in names}
             sums = {name: Grams(linear[name].in_features, device=self.dense.device) for name in names}
             for batch, inputs in enumerate(self.batches):
-                hooks = [(name, _add_input(sums[name], inputs.get("attention_mask"))) for name in names]
+                hooks = [(name, _add_input(sums[name], mask_of(inputs))) for name in names]
                 out = self.dense.run(number, self.streams[None].get(batch, self.dense.device), inputs, hooks)
                 assert out is not None
                 self.streams[None].put(batch, out)
@@ -327,7 +327,7 @@ class _Streams:
                 if self._adds_up:
                     goal = goal - stream.float() - sum(out.float() for out in outputs.values())
                 target += blend * goal
-            mask = inputs.get("attention_mask")
+            mask = mask_of(inputs)
             sums.add(x, target - output.float(), mask=mask)
             counted = target if mask is None else target[mask.to(device).bool()]
             reference += float(counted.square().sum())

@@ -30,7 +30,7 @@ from transformers.utils import logging as progress_bars
 from gisp_hf.models.discovery import family_of
 from gisp_hf.models.fingerprint import tensor_checksum
 from gisp_hf.models.shards import add_over_ranks, all_ranks
-from gisp_hf.recovery.batches import Batch
+from gisp_hf.recovery.batches import Batch, mask_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.grams import Grams, best_ridge, solve_ridge, tokens_that_count
 from gisp_hf.recovery.hidden import Hidden
@@ -73,7 +73,7 @@ def restored_weights(
     In memory at once: one layer of each model, one Gram matrix, and the hidden states of ``batches``.
 
     Args:
-        batches: ``input_ids`` (B, T) and perhaps ``attention_mask`` (B, T). With several processes each
+        batches: of `batches_of`. With several processes each
             takes its share, and all of them yield the same weights.
 
     Raises:
@@ -185,7 +185,7 @@ class _Work:
             if goal is not None and blend > 0:
                 target += blend * (goal.float() - seen["stream"].float() if self._adds_up else goal.float())
             rest = target - output.float()
-            mask = inputs.get("attention_mask")
+            mask = mask_of(inputs)
             reference += tokens_that_count(target, mask).square().sum()
             if choose:
                 out_of = (torch.arange(len(x)) + self.first[batch]) % HELD_OUT == HELD_OUT - 1

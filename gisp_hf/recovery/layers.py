@@ -16,6 +16,7 @@ from gisp_hf.models.discovery import family_of
 from gisp_hf.models.layout import Rows
 from gisp_hf.models.shards import plain_parameters, whole
 from gisp_hf.models.surgery import slice_tensor
+from gisp_hf.recovery.batches import model_inputs
 
 
 class Weights(Protocol):
@@ -118,7 +119,7 @@ class Layers:
         first.forward = keep
         try:
             for batch in batches:
-                self._backbone(**_on(batch, self.device), use_cache=False)
+                self._backbone(**_on(model_inputs(batch), self.device), use_cache=False)
                 yield found.pop()
         finally:
             first.forward = _hand_on
@@ -156,7 +157,7 @@ class Layers:
             stack.callback(setattr, layer, "forward", _hand_on)
             for module, hook in hooks or ():
                 stack.callback(hook(layer.get_submodule(module)).remove)
-            rest = {key: value for key, value in batch.items() if key != "input_ids"}
+            rest = {key: value for key, value in model_inputs(batch).items() if key != "input_ids"}
             self._backbone(inputs_embeds=hidden, **_on(rest, self.device), use_cache=False)
         return found[0] if found else None
 

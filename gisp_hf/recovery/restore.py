@@ -15,7 +15,7 @@ from gisp_hf.models import discover
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.fingerprint import combine_checksums
 from gisp_hf.models.shards import is_sharded
-from gisp_hf.recovery.batches import Batch, batches_of
+from gisp_hf.recovery.batches import Batch, batches_of, mask_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.fit import Fit, restored_weights
 from gisp_hf.recovery.layers import Layers, ModelWeights, Weights, shell_of
@@ -47,7 +47,7 @@ def restore(
         level: the pruned model. Layers run on its device.
         base: the unpruned model: in memory; or a folder or Hub id with safetensors, which is read layer by layer.
         calibration: of `load_calibration`; or batches (``input_ids`` (B, T), perhaps ``attention_mask``) or examples
-            (``input_ids`` (T,)). Labels do not count: every token outside the attention mask does.
+            (``input_ids`` (T,)). Every token of the attention mask counts, or those of answers alone (``positions``).
         config: the defaults of `RestoreConfig` if None. Its ``data`` and ``seed`` are not used here.
         base_revision: of ``base`` on the Hub.
         progress: show a bar with the relative error of each projection before and after.
@@ -122,7 +122,7 @@ def batches_for(calibration: Text, config: RestoreConfig) -> list[Batch]:
     """At most ``config.tokens`` tokens of the calibration set.
 
     Raises:
-        ValueError: if it holds none.
+        ValueError: if it holds none, or none in answers where these alone count.
     """
     if isinstance(calibration, Calibration):
         return batches_of(
@@ -130,8 +130,9 @@ def batches_for(calibration: Text, config: RestoreConfig) -> list[Batch]:
             batch_size=config.batch_size,
             tokens=config.tokens,
             collate=calibration.collator,
+            answers=config.answers,
         )
-    return batches_of(calibration, batch_size=config.batch_size, tokens=config.tokens)
+    return batches_of(calibration, batch_size=config.batch_size, tokens=config.tokens, answers=config.answers)
 
 
 def restored_fits(
@@ -227,5 +228,5 @@ def record_of(
 
 
 def _count(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
+    mask = mask_of(batch)
     return batch["input_ids"].numel() if mask is None else int(mask.sum())

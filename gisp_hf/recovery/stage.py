@@ -132,6 +132,7 @@ class Restore(Stage):
             batch_size=self.config.batch_size,
             tokens=self.config.tokens,
             collate=run.dataloader.collate_fn,
+            answers=self.config.answers,
         )
 
 
