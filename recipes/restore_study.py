@@ -24,6 +24,7 @@ from gisp_hf import GISPConfig
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
 from gisp_hf.data import Calibration, load_calibration
+from gisp_hf.data.shares import split_mixture
 from gisp_hf.evaluation import perplexity
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.config import RestoreConfig
@@ -31,7 +32,7 @@ from gisp_hf.recovery.restore import restore
 from gisp_hf.report import format_table
 from recipes.calibrated_run import prune
 from recipes.compare_results import geometric_mean
-from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
+from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2, write_mixture
 
 RESULTS = Path("recipes/results/restore")
 WORK = Path("runs/restore_study")
@@ -86,13 +87,9 @@ def draw(
     data: str, tokenizer: Any, *, tokens: int, seed: int, work: Path, block_size: int | None = None
 ) -> Calibration:
     """Calibration text of some domains, by their shares of the tokens; ``block_size`` None: `BLOCK`."""
-    for domain in DOMAINS:
-        path = work / f"{domain}.jsonl"
-        if domain in data and not path.is_file():
-            lines = (json.dumps({"text": text}) + "\n" for text in load_domain(domain).calibration)
-            write_text_atomic(path, "".join(lines))
-        data = data.replace(domain, str(path))
-    return load_calibration(data, tokenizer, tokens=tokens, block_size=block_size or BLOCK, seed=seed)
+    shares = split_mixture(data)
+    name = write_mixture({domain: load_domain(domain) for domain in shares}, work, shares=shares)
+    return load_calibration(name, tokenizer, tokens=tokens, block_size=block_size or BLOCK, seed=seed)
 
 
 @dataclass(frozen=True)
