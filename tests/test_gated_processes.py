@@ -89,7 +89,7 @@ def test_sharded_layers_reduce_no_gradient(processes, tmp_path) -> None:
 
 
 @pytest.mark.slow
-# Not torchao: Accelerate moves the model before DDP, and torch refuses to swap a weight of torchao that has been watched.
+# Not torchao: Accelerate moves the model before DDP, and torch refuses to swap its weights once they are watched.
 @pytest.mark.parametrize("name", ["lora", *quantizations.args[1][:2]])
 def test_wrapped_weights_on_two_processes_give_the_order_of_one(name, base, tmp_path) -> None:  # noqa: F811
     expected = gated.prune(gated_model(str(base), name), tmp_path / "one", config=CONFIG)
