@@ -34,9 +34,8 @@ from gisp_hf.config import level_name
 from gisp_hf.evaluation import perplexity
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.lora import recover_level
-from gisp_hf.recovery.lora_record import Recovery
+from gisp_hf.recovery.lora_record import TRAINED, Recovery
 from gisp_hf.recovery.time_limit import TimeLimit
-from gisp_hf.recovery.vectors import VECTORS
 from gisp_hf.report import format_table
 from recipes import restore_study
 from recipes.compare_results import geometric_mean
@@ -44,6 +43,7 @@ from recipes.demo_data import DOMAINS
 from recipes.restore_study import LEVELS, MIXTURE, WINDOW, WORK, Material
 
 RESULTS = Path("recipes/results/recover")
+VECTORS = tuple(train for train in TRAINED if train != "lora")
 RESTORE_TOKENS = 8064
 
 

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         choices=("all", "answers"),
-        default="all",
+        default=DEFAULT.positions,
         help="tokens that count: all, or those of answers, of data with answers (default: all)",
     )
     parser.add_argument(

@@ -12,8 +12,6 @@ from torch.nn.utils import parametrize
 
 from gisp_hf.models.discovery import family_of
 
-VECTORS = ("norms", "scales")
-
 
 class Shift(nn.Module):
     """``weight + change`` for a weight of shape ``(n,)``."""
