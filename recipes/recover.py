@@ -44,7 +44,7 @@ from recipes.restore_study import LEVELS, MIXTURE, WINDOW, WORK, Material
 
 RESULTS = Path("recipes/results/recover")
 VECTORS = tuple(train for train in TRAINED if train != "lora")
-RESTORE_TOKENS = 8064
+RESTORE_TOKENS = 16_512
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Cell:
     """One restoration; ``tokens`` 0: the level as it is. ``sparsity`` 0: the unpruned model."""
 
     sparsity: float
-    tokens: int = 8064
+    tokens: int = 16_512  # ten times the inputs of the widest projection
     data: str = MIXTURE
     blend: float = 0.5
     ridge: tuple[float, ...] = (1e-2,)
@@ -69,17 +69,15 @@ class Cell:
 
 def cells(levels: Sequence[float]) -> list[Cell]:
     """All cells, the most telling first, so that an early end leaves whole comparisons."""
-    few = [level for level in (0.3, 0.5) if level in levels] or list(levels)
     found = [Cell(0.0, tokens=0)]
-    found += [cell for level in few for cell in (Cell(level, tokens=0), Cell(level))]
-    found += [Cell(level, blend=blend) for blend in (1.0, 0.0) for level in few]
-    found += [Cell(level, ridge=RIDGES) for level in few]
-    found += [Cell(level, data="wikipedia") for level in few]
     found += [cell for level in levels for cell in (Cell(level, tokens=0), Cell(level))]
-    found += [Cell(level, blend=blend) for blend in (1.0, 0.0, 0.75, 0.25) for level in levels]
-    found += [Cell(level, tokens=tokens) for tokens in (16_512, 65_664) for level in levels]
-    found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1) for level in levels]
+    found += [Cell(level, blend=blend) for blend in (1.0, 0.0) for level in levels]
+    found += [Cell(level, ridge=RIDGES) for level in levels]
+    found += [Cell(level, data="wikipedia") for level in levels]
+    found += [Cell(level, tokens=tokens) for tokens in (8_064, 65_664) for level in levels]
     found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
+    found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
+    found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1) for level in levels]
     return list({cell.file: cell for cell in found}.values())
 
 

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import weakref
 
 import pytest
 import torch
@@ -146,6 +147,46 @@ def test_gisp_activation_equals_loops_over_tokens_and_structures() -> None:
                 total += abs(sum(float(value[c]) * float(gradient[c]) for c in range(first, first + width)))
             expected.append(total)
         torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gisp_activation_keeps_the_factors_of_a_gated_mlp_alone(family, monkeypatch) -> None:
+    """Fewer activations kept for the backward pass, and the same scores and gradients to the bit."""
+
+    class Kept:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+    def measured() -> tuple[int, list[torch.Tensor], torch.Tensor]:
+        model, ids = tiny_model(family), tokens()
+        model.requires_grad_(False)
+        embedding = model.get_input_embeddings().weight.requires_grad_()
+        config = GISPConfig(method="gisp-activation", sparsity_levels=(0.2,), protect_first=0, protect_last=0)
+        engine = Engine(model, discover(model), config)
+        alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+        def pack(tensor: torch.Tensor) -> Kept:
+            kept = Kept(tensor)
+            alive.add(kept)
+            return kept
+
+        model.train()
+        with engine.watch():
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+                loss = model(input_ids=ids, labels=ids).loss
+            width = model.config.intermediate_size
+            storages = {kept.tensor.untyped_storage().data_ptr() for kept in alive if width in kept.tensor.shape[-1:]}
+            loss.backward()
+            engine.accumulate()
+        return len(storages), [scores for scores in engine.scores if scores is not None], embedding.grad
+
+    count, scores, gradient = measured()
+    monkeypatch.setattr("gisp_hf.criteria.gate._gated_mlp", lambda model, parameter: None)
+    plain_count, plain_scores, plain_gradient = measured()
+    assert count == plain_count - 2 * tiny_model(family).config.num_hidden_layers  # the activation and the product
+    assert torch.equal(gradient, plain_gradient)
+    for found, expected in zip(scores, plain_scores):
+        assert torch.equal(found, expected)
 
 
 def test_gisp_activation_gives_no_weight_a_gradient(tmp_path) -> None:

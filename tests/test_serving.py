@@ -1,4 +1,4 @@
-"""Levels in other libraries: quantised by from_pretrained, by torch.export, as ONNX and in ONNX Runtime."""
+"""Levels in other libraries: quantised by from_pretrained, by torch.export, as ONNX, in ONNX Runtime and ExecuTorch."""
 
 from importlib.util import find_spec
 
@@ -110,3 +110,33 @@ def test_onnxruntime_computes_the_same(level, onnx_file) -> None:
     session = InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"input_ids": IDS.numpy()})
     assert error_of(torch.from_numpy(found), level[2]) < 1e-4
+
+
+@pytest.mark.slow
+@_needs("executorch")
+@pytest.mark.parametrize("backend", ["portable", "xnnpack"])
+def test_executorch_computes_the_same_token_by_token(backend, level, tmp_path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+    from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+    folder, model, expected = level
+    greedy = model.generate(IDS, max_new_tokens=8, do_sample=False)[0].tolist()
+    static = AutoModelForCausalLM.from_pretrained(folder).eval()
+    static.generation_config.use_cache, static.generation_config.cache_implementation = True, "static"
+    exportable = TorchExportableModuleForDecoderOnlyLM(static, batch_size=1, max_cache_len=32, device=static.device)
+    program = exportable.export(input_ids=IDS[:, :1], cache_position=torch.arange(1))
+    partitioner = [XnnpackPartitioner()] if backend == "xnnpack" else []
+    file = tmp_path / "level.pte"
+    file.write_bytes(to_edge_transform_and_lower(program, partitioner=partitioner).to_executorch().buffer)
+
+    forward = Runtime.get().load_program(str(file)).load_method("forward")
+    ids, logits = IDS[0].tolist(), []
+    for position in range(len(greedy) - 1):
+        (out,) = forward.execute([torch.tensor([[ids[position]]]), torch.tensor([position])])
+        logits.append(out[0, -1].clone())
+        if position >= IDS.shape[1] - 1:
+            ids.append(int(logits[-1].argmax()))
+    assert error_of(torch.stack(logits[: IDS.shape[1]]), expected[0]) < 1e-5
+    assert ids == greedy

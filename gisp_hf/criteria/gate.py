@@ -1,7 +1,7 @@
 """Activation Taylor: ``sum over tokens of |activation x its gradient|``, without the gradient of any weight."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ class Gate(ActivationCriterion):
     the absolute value is taken before the sum over examples; here an example is a token.
 
     Weights need no gradient: the graph starts at the first projection that is watched. The inputs of the projections
-    stay in memory until the backward pass, which the weight gradients would need too. Under activation checkpointing
-    they are computed a second time, as everything else in a layer, and each token counts once.
+    stay in memory until the backward pass, which the weight gradients would need too; of a gated MLP the two factors
+    of that input alone (`_ScoredProduct`). Under activation checkpointing everything in a layer is computed a second
+    time, and each token counts once.
     """
 
     needs = "activation_gradients"
@@ -39,11 +40,40 @@ class Gate(ActivationCriterion):
                         "gates need; choose another method"
                     )
                 self._widths[member.parameter] = member.width
-        with super().watch(model, layout, micro_batches=micro_batches):
+        self._mlps = {name: mlp for name in self._widths if (mlp := _gated_mlp(model, name)) is not None}
+        self._factors: dict[str, dict[str, torch.Tensor]] = {}  # parameter -> the factors of its input, in this pass
+        self._is_product: dict[str, bool] = {}  # parameter -> whether its input is their product, tried once
+        with super().watch(model, layout, micro_batches=micro_batches), ExitStack() as stack:
+            for name, mlp in self._mlps.items():
+                for factor in _FACTORS:
+                    handle = mlp.get_submodule(factor).register_forward_hook(self._keep_factor(name, factor))
+                    stack.callback(handle.remove)
+            stack.callback(self._factors.clear)
             yield
+
+    def _keep_factor(self, parameter: str, factor: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if module.training and output.requires_grad:
+                self._factors.setdefault(parameter, {})[factor] = output
+
+        return keep
+
+    def _factors_of(self, parameter: str, inputs: torch.Tensor) -> list[torch.Tensor] | None:
+        """The factors whose product, the first one through the activation, is this input; None if it is not."""
+        found = self._factors.pop(parameter, {})
+        node = inputs.grad_fn
+        # Its last factor is the output of up_proj itself: nothing, such as a gate, has changed the product since.
+        if len(found) < 2 or node is None or node.next_functions[-1][0] is not found["up_proj"].grad_fn:
+            return None
+        gate, up = (found[factor] for factor in _FACTORS)
+        if parameter not in self._is_product:
+            with torch.no_grad():
+                self._is_product[parameter] = torch.equal(self._mlps[parameter].act_fn(gate) * up, inputs)
+        return [gate, up] if self._is_product[parameter] else None
 
     def see(self, parameter: str, inputs: torch.Tensor) -> torch.Tensor:
         self._seen.add(parameter)
+        factors = self._factors_of(parameter, inputs)
         if not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
 
@@ -53,6 +83,8 @@ class Gate(ActivationCriterion):
                 gates = gates.unflatten(-1, (-1, self._widths[parameter])).sum(dim=-1)  # (B, T, size)
             self.add(parameter, gates.abs_().flatten(0, -2).sum(dim=0))
 
+        if factors is not None:
+            return _ScoredProduct.apply(*factors, inputs.detach(), self._mlps[parameter].act_fn, score)
         return _ScoredIdentity.apply(inputs, score)
 
     def sums(self, layout: Layout, blocks: Sequence[int]) -> Sums:
@@ -66,6 +98,15 @@ class Gate(ActivationCriterion):
         found = super().sums(layout, blocks)
         self._seen = set()
         return found
+
+
+_FACTORS = ("gate_proj", "up_proj")
+
+
+def _gated_mlp(model: nn.Module, parameter: str) -> Any:
+    """The module that holds this projection, if its parts have the names of ``act_fn(gate_proj(x)) * up_proj(x)``."""
+    mlp = model.get_submodule(parameter.rpartition(".")[0].rpartition(".")[0])
+    return mlp if all(hasattr(mlp, part) for part in (*_FACTORS, "act_fn")) else None
 
 
 class _ScoredIdentity(torch.autograd.Function):
@@ -84,3 +125,35 @@ class _ScoredIdentity(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         ctx.score(*ctx.saved_tensors, gradients[0])
         return gradients[0], None
+
+
+class _ScoredProduct(torch.autograd.Function):
+    """``act(gate) * up``, given as ``product``; the backward pass hands it and its gradient to ``score``.
+
+    Autograd would keep gate, act(gate), up and the product. Here gate and up stay: half of what a gated MLP keeps. The
+    rest is computed again, which takes no matrix product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        product: torch.Tensor,
+        act: Callable[[torch.Tensor], torch.Tensor],
+        score: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act, ctx.score = act, score
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        (gradient,) = gradients
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.act(gate)
+        ctx.score(active.detach() * up, gradient)
+        (of_gate,) = torch.autograd.grad(active, gate, gradient * up)
+        return of_gate, gradient * active.detach(), None, None, None
