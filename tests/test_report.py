@@ -163,7 +163,9 @@ def test_commands_can_be_typed(run: Path) -> None:
     for source in (run, "me/tiny-gisp"):
         for name, found in report_facts(trajectory, levels, source=source, title="x")["commands"].items():
             texts = {one["title"]: one["text"] for one in found}
-            assert list(texts) == ["Transformers", "PEFT", "llama.cpp", "Any other sparsity"]
+            assert list(texts) == ["Transformers", "PEFT", "vLLM", "llama.cpp", "Any other sparsity"]
+            place = f"{run}/{name} " if source == run else f"me/tiny-gisp --revision {name} "
+            assert texts["vLLM"].startswith(f"vllm serve {place}--trust-remote-code")
             compile(texts["Transformers"] + "\n" + texts["PEFT"], "commands", "exec")
             for line in (texts["llama.cpp"] + "\n" + texts["Any other sparsity"]).splitlines():
                 if line.startswith("gisp-hf "):

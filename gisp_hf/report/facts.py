@@ -242,11 +242,12 @@ def _commands(trajectory: Trajectory, level: LevelInfo, *, source: str | os.Path
         "",
         'model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))',
     ]
-    found = [("Transformers", load), ("PEFT", adapter)]
+    branch = "" if local else f" --revision {level.name}"
+    serve = f"vllm serve {shlex.quote(place)}{branch}" + ("" if plain else " --trust-remote-code  # modeling_gisp.py")
+    found = [("Transformers", load), ("PEFT", adapter), ("vLLM", [serve])]
     if kind := in_llama_cpp(trajectory.layout.architecture):
         name = gguf_name(str(source) if not local else Path(source).resolve().name, level.name)
         pad = " --pad" if kind == "padded" else ""
-        branch = "" if local else f" --revision {level.name}"
         export = f"gisp-hf export {shlex.quote(place)}{branch} --gguf {shlex.quote(name)}{pad}"
         title = "llama.cpp" + (", padded with zeros to full size" if pad else "")
         found.append((title, ["pip install 'gisp_hf[export]'", export, f"llama-cli -m {shlex.quote(name)}"]))

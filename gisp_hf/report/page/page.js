@@ -187,7 +187,7 @@ function samples() {
       if (texts[level.name] === undefined) continue;
       const card = add(answers, "div");
       add(card, "h3", level.name);
-      add(card, "p", texts[level.name], { dir: "auto" });
+      add(card, "p", texts[level.name].trimStart(), { dir: "auto" });
     }
   }
   $("samples").hidden = !facts.samples.length;
