@@ -38,7 +38,7 @@ RESULTS = Path("recipes/results/restore")
 WORK = Path("runs/restore_study")
 LEVELS = (0.2, 0.3, 0.4, 0.5)
 MIXTURE = "wikipedia:1/3,news:1/3,code:1/3"
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 BLOCK = 128  # tokens; of pruning and of restoration
 WINDOW = 256  # of perplexity
 
@@ -51,7 +51,7 @@ class Cell:
     tokens: int = 16_512  # ten times the inputs of the widest projection
     data: str = MIXTURE
     blend: float = 0.5
-    ridge: tuple[float, ...] = (1e-2,)
+    ridge: tuple[float, ...] = RIDGES
     seed: int = 0
     pruned_on: str = MIXTURE
 
@@ -72,12 +72,12 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     found = [Cell(0.0, tokens=0)]
     found += [cell for level in levels for cell in (Cell(level, tokens=0), Cell(level))]
     found += [Cell(level, blend=blend) for blend in (1.0, 0.0) for level in levels]
-    found += [Cell(level, ridge=RIDGES) for level in levels]
+    found += [Cell(level, ridge=(1e-2,)) for level in levels]
     found += [Cell(level, data="wikipedia") for level in levels]
     found += [Cell(level, tokens=tokens) for tokens in (8_064, 65_664) for level in levels]
     found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
     found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
-    found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1) for level in levels]
+    found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1, 3e-1) for level in levels]
     return list({cell.file: cell for cell in found}.values())
 
 
@@ -155,7 +155,7 @@ def table(folder: Path) -> str:
                 "data": "-" if plain else _short(cell["data"]),
                 "tokens": "-" if plain else f"{cell['tokens']:,}",
                 "blend": "-" if plain else f"{cell['blend']:g}",
-                "ridge": "-" if plain else ", ".join(f"{value:g}" for value in cell["ridge"]),
+                "ridge": "-" if plain else _span(cell["ridge"]),
                 "seed": "-" if plain else str(cell["seed"]),
                 **found["result"]["perplexity"],
                 "mean": found["result"]["geometric_mean"],
@@ -167,6 +167,15 @@ def table(folder: Path) -> str:
     columns |= {"mean": "geometric mean", "seconds": "seconds"}
     formats = {**dict.fromkeys(DOMAINS, ",.2f"), "mean": ",.2f", "seconds": ",.0f"}
     return format_table(sorted(rows, key=lambda row: row["order"]), columns, formats=formats)
+
+
+def dtype_here() -> torch.dtype:
+    """The dtype of weights that this machine is fast at."""
+    return torch.bfloat16 if torch.cuda.is_available() else fast_dtype("cpu")
+
+
+def _span(ridge: Sequence[float]) -> str:
+    return f"{ridge[0]:g}" if len(ridge) == 1 else f"best of {len(ridge)}, {ridge[0]:g} to {ridge[-1]:g}"
 
 
 def _short(data: str) -> str:
@@ -183,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="write the table again, and run nothing")
     options = parser.parse_args(argv)
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    dtype = fast_dtype("cpu") if not torch.cuda.is_available() else torch.bfloat16
+    dtype = dtype_here()
     waiting = [] if options.report else [cell for cell in cells(options.levels) if options.only in cell.file]
     waiting = [cell for cell in waiting if not (options.output_dir / cell.file).is_file()]
     if waiting:
