@@ -32,7 +32,7 @@ def test_equals_the_definition_by_whole_matrices(family, blend) -> None:
     base, level = pair(family)
     expected = copy.deepcopy(level)
     restore_by_whole_matrices(expected, base, ids_of(), blend=blend, ridge=0.01)
-    restore(level, base, tiny_blocks(64), RestoreConfig(blend=blend, batch_size=24), progress=False)
+    restore(level, base, tiny_blocks(64), RestoreConfig(blend=blend, ridge=0.01, batch_size=24), progress=False)
     for (name, found), wanted in zip(level.named_parameters(), expected.parameters()):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
@@ -155,7 +155,7 @@ def test_answers_alone_count_if_asked() -> None:
         labels[:first] = -100
         examples.append({"input_ids": block["input_ids"], "labels": labels})
         counted[row, first - 1 :] = True  # and the one that it is predicted from
-    config = RestoreConfig(blend=0.5, batch_size=24, positions="answers")
+    config = RestoreConfig(blend=0.5, ridge=0.01, batch_size=24, positions="answers")
     record = restore(level, base, examples, config, progress=False)
     assert record.tokens == int(counted.sum())
     restore_by_whole_matrices(expected, base, ids_of(), blend=0.5, ridge=0.01, counted=counted)
@@ -313,3 +313,9 @@ def test_a_record_is_read_as_it_was_written(tmp_path) -> None:
         with pytest.raises(ValueError, match="restore the level again"):
             Restoration.load(tmp_path)
         path.write_text(text)
+
+
+def test_the_middle_ridge_is_taken_where_no_sequence_can_be_held_out() -> None:
+    base, level = pair("llama")
+    record = restore(level, base, tiny_blocks(9, 32), RestoreConfig(ridge=(1.0, 0.01, 0.1)), progress=False)
+    assert {error.ridge for error in record.errors} == {0.1}

@@ -101,7 +101,7 @@ def test_one_level_alone_gets_the_weights_of_its_own_restoration(family: str, bl
     batches = [
         {"input_ids": torch.stack([row["input_ids"] for row in tiny_blocks(16, length=16, seed=n)])} for n in (0, 1)
     ]
-    config = RestoreConfig(blend=blend, tokens=None)
+    config = RestoreConfig(blend=blend, ridge=0.01, tokens=None)
     level = trajectory.apply(tiny_model(family), sparsity=0.4)
     restore(level, tiny_model(family), batches, config, progress=False)
     layers = Layers(shell_of(model), ModelWeights(model), device=torch.device("cpu"), dtype=torch.float32)

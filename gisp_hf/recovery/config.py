@@ -41,10 +41,11 @@ class RestoreConfig:
         },
     )
     ridge: tuple[float, ...] = field(
-        default=(1e-2,),
+        default=(1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         metadata={
             "help": "Strength of the ridge, as a fraction of the mean squared input. Of several, each projection takes "
-            "the one with the smallest error on a tenth of the sequences, held out for that."
+            "the one with the smallest error on a tenth of the sequences, held out for that; the middle one if there "
+            "are fewer than ten sequences."
         },
     )
     batch_size: int = field(default=8, metadata={"help": "Sequences in one forward pass."})
@@ -75,6 +76,11 @@ class RestoreConfig:
     def answers(self) -> bool:
         """Whether only tokens of answers count."""
         return self.positions == "answers"
+
+    @property
+    def middle_ridge(self) -> float:
+        """Where none can be chosen by held-out tokens."""
+        return sorted(self.ridge)[len(self.ridge) // 2]
 
     def blend_at(self, sparsity: float) -> float:
         """The blend for a level of this sparsity (a fraction, 0-1)."""

@@ -173,7 +173,7 @@ def shared_weights(
         trajectory: made from that model.
         batches: ``input_ids`` (B, T) and perhaps ``attention_mask`` (B, T).
         weights: sparsity -> ``w_l`` (`level_weights`); 0 is the full width.
-        config: its ``ridge`` (the first), ``blend`` of the targets and ``spill`` count.
+        config: its ``ridge`` (the middle one), ``blend`` of the targets and ``spill`` count.
         streams: ``"unpruned"``: all levels see what the unpruned model makes of the calibration text, one forward pass;
             ``"own"``: each sees what it makes of the text itself, about 2.5 passes a level.
 
@@ -235,7 +235,7 @@ class _Streams:
                 parameter, w = self._parameter(number, name), linear[name].weight.double()
                 self._check(parameter, sums[name])
                 gram, keeps = sums[name].gram, [keep[parameter] for keep in self.keeps.values()]
-                shared = fit_common(gram, keeps, list(self.weights.values()), weight=w, ridge=self.config.ridge[0])
+                shared = fit_common(gram, keeps, list(self.weights.values()), weight=w, ridge=self.config.middle_ridge)
                 reference = float(((w @ gram.double()) * w).sum())
                 errors = {}
                 for level, keep in zip(self.weights, keeps):
@@ -261,7 +261,7 @@ class _Streams:
                     found.append((level, sums, reference))
                 keeps = [self.keeps[level][parameter] for level in self.weights]
                 change = fit_levels(
-                    [sums for _, sums, _ in found], keeps, list(self.weights.values()), ridge=self.config.ridge[0]
+                    [sums for _, sums, _ in found], keeps, list(self.weights.values()), ridge=self.config.middle_ridge
                 )
                 for level, sums, reference in found:
                     pair = sums.squared_error(), sums.squared_error(change)

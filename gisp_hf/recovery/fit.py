@@ -203,7 +203,7 @@ class _Work:
                 f"what enters or leaves {parameter} on the calibration tokens is not finite: weights of a model are "
                 "damaged, or its dtype overflows; nothing has been changed"
             )
-        ridge = self.config.ridge[0]
+        ridge = self.config.middle_ridge
         if choose:
             if float(held_out.tokens):
                 ridge = best_ridge(grams, held_out, self.config.ridge)
