@@ -156,7 +156,7 @@ def prune(
     view: LiveView,
     restore: RestoreConfig | None,
 ) -> tuple[GISPPruner, dict[float, float]]:
-    """The part to copy: an ordinary Trainer with one more callback. Every step sees all ``blocks``.
+    """The part to copy: an ordinary Trainer with one more callback. The steps share out ``blocks``.
 
     Returns:
         the pruner, and level -> perplexity before it was restored.
@@ -170,7 +170,7 @@ def prune(
         output_dir=str(output_dir),
         max_steps=config.num_steps,
         per_device_train_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=max(1, len(blocks) // BATCH_SIZE),
+        gradient_accumulation_steps=max(1, len(blocks) // (BATCH_SIZE * config.num_steps)),
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
@@ -219,7 +219,7 @@ def run(
     }
     print(f"dense: perplexity {dense['perplexity']:.4f}")
     print(f"dense writes: {dense['text']!r}")
-    print(f"\nPruning in {config.num_steps} steps of {len(blocks)} blocks of text")
+    print(f"\nPruning in {config.num_steps} steps of {len(blocks) // config.num_steps} blocks of text")
     pruner, before = prune(model, tokenizer, blocks, config=config, output_dir=output_dir, view=view, restore=restore)
     rows = [dense]
     trajectory = Trajectory.load(output_dir)
@@ -320,13 +320,15 @@ def main(argv: list[str] | None = None) -> None:
         "--output-dir", type=Path, help="must be new or empty (default: runs/quickstart, then runs/quickstart-2 ...)"
     )
     parser.add_argument("--num-steps", type=int, default=10, help="pruning steps up to 50 %%")
-    parser.add_argument("--num-blocks", type=int, default=16, help="calibration blocks of 128 tokens in each step")
+    parser.add_argument(
+        "--num-blocks", type=int, default=16, help="calibration blocks of 128 tokens in each step, others each time"
+    )
     parser.add_argument("--test-tokens", type=int, default=2048, help="held-out tokens of each domain for perplexity")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="default: the one that this machine is fast at"
     )
     parser.add_argument(
-        "--restore-tokens", type=int, default=8192, help="tokens of the mixture for restoration; 0: none"
+        "--restore-tokens", type=int, default=16384, help="tokens of the mixture for restoration; 0: none"
     )
     parser.add_argument("--one-shot", action="store_true", help="compare with removing all structures at once")
     options = parser.parse_args(argv)
@@ -362,13 +364,13 @@ def run_on(
     run(
         model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"),
         tokenizer,
-        blocks=mixture_blocks(domains, tokenizer, length=128, count=options.num_blocks),
+        blocks=mixture_blocks(domains, tokenizer, length=128, count=options.num_blocks * options.num_steps),
         held_out={
             name: held_out_tokens(domain.held_out, tokenizer, count=options.test_tokens)
             for name, domain in domains.items()
         },
         output_dir=output_dir,
-        config=GISPConfig(num_steps=options.num_steps),
+        config=GISPConfig(num_steps=options.num_steps, score_momentum=0.5),  # docs/ablations.md
         restore=None if data is None else RestoreConfig(data=data, tokens=options.restore_tokens),
         one_shot=options.one_shot,
     )

@@ -33,6 +33,7 @@ from gisp_hf.data.files import read_json_lines
 from gisp_hf.data.self_answers import AnsweredPrompts, answered_prompts
 from gisp_hf.evaluation.mode import evaluation_mode
 from gisp_hf.losses.objectives import language_modeling_loss
+from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.pruner import GISPPruner
 from gisp_hf.report import format_table
 from gisp_hf.training.regenerate import RegenerateAnswers
@@ -132,6 +133,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
         **{
             key: getattr(options, key) for key in ("prompts", "sparsity", "steps", "max_new_tokens", "regenerate_every")
         },
+        "dtype": str(fast_dtype()),
         "version": gisp_hf.__version__,
     }
     results = read_results(options.output, facts) or {**facts, "rows": []}

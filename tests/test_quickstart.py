@@ -31,7 +31,7 @@ def test_quickstart_measures_what_it_says(one_shot, tmp_path, capsys) -> None:
     rows = quickstart.run(
         tiny_model(),
         tiny_tokenizer(),
-        blocks=tiny_blocks(16),
+        blocks=tiny_blocks(64),
         held_out=held_out_tokens(),
         output_dir=folder,
         config=CONFIG,
