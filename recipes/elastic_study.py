@@ -32,7 +32,7 @@ from gisp_hf.recovery.elastic_file import record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
-from recipes.restore_study import LEVELS, MIXTURE, draw, prepare
+from recipes.restore_study import LEVELS, MIXTURE, Cell, draw, find_level, prepare
 
 RESULTS = Path("recipes/results/elastic")
 WORK = Path("runs/restore_study")
@@ -98,7 +98,10 @@ def drafting(model: Any, prompt: torch.Tensor, *, new_tokens: int) -> dict[str, 
 def load(options: argparse.Namespace) -> tuple[PreTrainedModel, Any, Trajectory]:
     model, tokenizer = load_smollm2(options.dtype)
     if not (options.run / "trajectory.json").is_file():
-        prepare(options.run.parent, MIXTURE, tokenizer, model)
+        if options.run.name != "levels-mixture":
+            raise SystemExit(f"{options.run} holds no trajectory; without --run the study prunes by itself")
+        material = prepare(options.run.parent, evaluation_tokens=options.evaluation_tokens, dtype=options.dtype)
+        find_level(Cell(LEVELS[-1], tokens=0), material)
     if options.base.is_dir():
         model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype)
     return model, tokenizer, Trajectory.load(options.run)
@@ -136,7 +139,8 @@ def run(options: argparse.Namespace) -> None:
         name = f"{options.streams}-{options.tokens}-full{options.full_weight:g}"
         name += f"-blend{options.blend:g}" if options.streams == "own" else ""
     path = options.output_dir / f"{name}.json"
-    measure(path, "settings", lambda: {"evaluation_tokens": options.evaluation_tokens, "dtype": str(options.dtype)})
+    settings = {"evaluation_tokens": options.evaluation_tokens, "dtype": str(options.dtype)}
+    measure(path, "settings", lambda: {**settings, "ridge": RestoreConfig().middle_ridge})
     weights = {}
     if options.streams != "none":
         calibration = draw(MIXTURE, tokenizer, tokens=options.tokens, seed=0, work=options.work)

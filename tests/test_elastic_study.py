@@ -6,9 +6,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from gisp_hf.evaluation import perplexity
-from recipes import demo_data, elastic_study, restore_study
+from gisp_hf.levels.elastic import make_elastic, save_elastic
+from recipes import demo_data, elastic_study, low_rank_gap, restore_study
 from recipes.demo_data import held_out_tokens, load_domain
 from tests.test_materialize import random_trajectory
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -48,3 +50,47 @@ def test_numbers_are_those_of_the_models(tmp_path: Path, monkeypatch, capsys) ->
     assert "geometric mean" in capsys.readouterr().out
     elastic_study.main([*command, "--streams", "none"])  # everything is there
     assert "unrestored 0 news:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_the_best_matrix_of_a_rank_is_that_of_the_whole_inputs(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, 9).double())
+    change = torch.randn(10, 8, generator=generator, dtype=torch.float64)
+    found = low_rank_gap.best_of_rank(change, inputs.T @ inputs, rank)
+    u, s, v = torch.linalg.svd(change @ inputs.T, full_matrices=False)  # of all outputs at once
+    torch.testing.assert_close(found @ inputs.T, (u[:, :rank] * s[:rank]) @ v[:rank])
+    assert torch.linalg.matrix_rank(found) == rank
+
+
+@pytest.mark.slow
+def test_low_rank_corrections_lead_from_shared_weights_to_those_of_the_level(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for number, name in enumerate(("wikipedia", "news", "code")):
+        monkeypatch.setitem(
+            demo_data.DOMAINS, name, lambda number=number: [words(8 * number + n, 4, 60) for n in range(8)]
+        )
+    monkeypatch.setattr(restore_study, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
+    monkeypatch.setattr(restore_study, "BLOCK", 16)
+    model = tiny_model()
+    trajectory = random_trajectory(model, "some/base")
+    elastic = make_elastic(model, trajectory, levels=(0.5,))
+    save_elastic(elastic, tmp_path / "elastic", trajectory=trajectory)
+    level = AutoModelForCausalLM.from_pretrained(tmp_path / "elastic", sparsity=0.5)
+    plain = level.save_pretrained(tmp_path / "level") or AutoModelForCausalLM.from_pretrained(tmp_path / "level")
+    with torch.no_grad():
+        for layer in plain.model.layers:
+            layer.mlp.down_proj.weight.mul_(1.1)
+    plain.save_pretrained(tmp_path / "level")
+    command = [str(tmp_path / "elastic"), str(tmp_path / "level"), "--ranks", "2", "--tokens", "192"]
+    command += ["--evaluation-tokens", "256", "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out")]
+    low_rank_gap.main(command)
+    rows = json.loads((tmp_path / "out" / "level-0.5.json").read_text())["rows"]
+    assert [row["rank"] for row in rows] == [0, 2, "full"]
+    ids = held_out_tokens(load_domain("news").held_out, tiny_tokenizer(), count=256)
+    assert rows[0]["news"] == pytest.approx(perplexity(level, ids, window=256), rel=1e-4)
+    assert rows[2]["news"] == pytest.approx(perplexity(plain, ids, window=256), rel=1e-4)
+    assert 0 < rows[1]["weight"] < rows[2]["weight"]
+    assert "of the file" in capsys.readouterr().out
