@@ -226,6 +226,51 @@ def run_fsdp2(folder: Path, options: dict) -> None:
     dist.destroy_process_group()
 
 
+def steps_with_gates(model, ids: torch.Tensor, config):
+    """Four steps of an engine on a model with adapters, whose structures go by gates."""
+    from gisp_hf.models import discover
+    from gisp_hf.models.wrapped import bare_model
+    from gisp_hf.pruning.engine import Engine
+
+    bare = bare_model(model)
+    engine = Engine(bare, discover(bare), config, shrink=False, gates=True)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # as a run does it
+            module.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("model.norm.weight"))
+    with engine.watch():
+        for target in (0.1, 0.2, 0.3, 0.4):
+            model(input_ids=ids, labels=ids).loss.backward()
+            engine.accumulate()
+            engine.advance(target)
+    return engine
+
+
+def run_fsdp2_adapters(folder: Path, options: dict) -> None:
+    """The engine on a model with LoRA adapters, sharded by fully_shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    from gisp_hf.models.wrapped import bare_model
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = gated_model(options["base"], "lora")
+    for layer in bare_model(model).model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    traffic = record_traffic()
+    ids = torch.stack([block["input_ids"] for block in tiny_blocks(16)]).chunk(world)[rank]
+    config = tiny_config(sparsity_levels=(0.2, 0.4), method="gisp-activation")
+    engine = steps_with_gates(model, ids, config)
+    if rank == 0:
+        write_traffic(folder, traffic, engine)
+        (folder / "order.json").write_text(json.dumps([order.tolist() for order in engine.order]))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def run_answers(folder: Path, options: dict) -> None:
     """Every process has answers of its own, and writes those that it got."""
     from gisp_hf.training.distributed import from_first_rank
@@ -259,4 +304,5 @@ def run_restore(folder: Path, options: dict) -> None:
 if __name__ == "__main__":
     settings = json.loads(sys.argv[3]) if len(sys.argv) > 3 else {}
     modes = {"ddp": run_ddp, "fsdp2": run_fsdp2, "recover": run_recover, "restore": run_restore, "answers": run_answers}
+    modes["fsdp2-adapters"] = run_fsdp2_adapters
     modes[sys.argv[1]](Path(sys.argv[2]), settings)
