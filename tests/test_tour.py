@@ -24,7 +24,7 @@ def words(seed):
 datasets.config.HF_DATASETS_CACHE = "cache"
 demo_data.load_smollm2 = lambda: (tiny_model(max_position_embeddings=256), tiny_tokenizer())
 for number, name in enumerate(demo_data.DOMAINS):
-    demo_data.DOMAINS[name] = lambda number=number: [words(100 * number + n) for n in range(24)]
+    demo_data.DOMAINS[name] = lambda number=number: [words(100 * number + n) for n in range(30)]
 """
 
 
