@@ -1,22 +1,20 @@
 """The record of a recovery: ``recovery.json`` in a level's folder."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from gisp_hf.atomic import write_text_atomic
-from gisp_hf.untrusted import check_list, check_number, check_object, check_text, check_whole, read_json
+from gisp_hf.recovery.record import FORMAT, Record
+from gisp_hf.untrusted import check_list, check_number, check_object, check_text, check_whole
 
 RECOVERY_FILE = "recovery.json"
-FORMAT = 1
 TRAINED = ("lora", "norms", "scales")
 OBJECTIVES = ("language_modeling", "distillation")
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(Record):
     """The record of a recovery, JSON-ready by `to_dict`.
 
     Attributes:
@@ -36,6 +34,9 @@ class Recovery:
         train: one of `TRAINED`.
     """
 
+    file = RECOVERY_FILE
+    verb = "recover"
+
     objective: str
     lora: Mapping[str, Any]
     training: Mapping[str, Any]
@@ -54,43 +55,23 @@ class Recovery:
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "changed": list(self.changed)}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes ``recovery.json`` into a level's folder."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_text_atomic(Path(folder) / RECOVERY_FILE, text)
-
     @classmethod
-    def load(cls, folder: str | Path) -> "Recovery":
-        """Reads what ``save`` wrote, and trusts none of it before it is checked.
-
-        Raises:
-            FileNotFoundError: if the level is not recovered.
-            ValueError: if the file is damaged.
-        """
-        path = Path(folder) / RECOVERY_FILE
-        try:
-            facts = read_json(path)
-            if facts.pop("format", None) != FORMAT:
-                raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
-            if facts["objective"] not in OBJECTIVES:
-                raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
-            if facts.get("train", "lora") not in TRAINED:
-                raise ValueError(f"train must be one of {', '.join(TRAINED)}")
-            for key in ("lora", "training", "teacher", "data", "base"):
-                check_object(facts[key], key)
-            for key in ("steps", "tokens"):
-                check_whole(facts[key], key)
-            check_number(facts["seconds"], "seconds", least=0)
-            check_number(facts["loss"], "loss")
-            if type(facts["restored"]) is not bool:
-                raise ValueError("restored must be true or false")
-            check_text(facts["fingerprint"], "fingerprint")
-            changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
-            return cls(**{**facts, "changed": tuple(changed)})
-        except FileNotFoundError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be used: {error}; recover the level again") from error
+    def checked(cls, facts: dict[str, Any]) -> Self:
+        if facts["objective"] not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}")
+        if facts.get("train", "lora") not in TRAINED:
+            raise ValueError(f"train must be one of {', '.join(TRAINED)}")
+        for key in ("lora", "training", "teacher", "data", "base"):
+            check_object(facts[key], key)
+        for key in ("steps", "tokens"):
+            check_whole(facts[key], key)
+        check_number(facts["seconds"], "seconds", least=0)
+        check_number(facts["loss"], "loss")
+        if type(facts["restored"]) is not bool:
+            raise ValueError("restored must be true or false")
+        check_text(facts["fingerprint"], "fingerprint")
+        changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
+        return cls(**{**facts, "changed": tuple(changed)})
 
 
 def is_recovered(folder: str | Path) -> bool:

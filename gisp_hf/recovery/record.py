@@ -1,10 +1,10 @@
-"""The record of a restoration: ``restoration.json`` in a level's folder."""
+"""Records in a level's folder: what they have in common, and that of a restoration, ``restoration.json``."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.recovery.config import RestoreConfig
@@ -12,6 +12,46 @@ from gisp_hf.untrusted import check_list, check_number, check_object, check_text
 
 RESTORATION_FILE = "restoration.json"
 FORMAT = 1
+
+
+class Record:
+    """A JSON file in a level's folder that says what was done to it. A subclass names the file and checks its facts."""
+
+    file: ClassVar[str]
+    verb: ClassVar[str]  # what to do again if the file is damaged
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the format."""
+        raise NotImplementedError
+
+    @classmethod
+    def checked(cls, facts: dict[str, Any]) -> Self:
+        """From a file's facts without their format. Raises KeyError, TypeError or ValueError if they are damaged."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the file into a level's folder."""
+        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        write_text_atomic(Path(folder) / self.file, text)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads what ``save`` wrote, and trusts none of it before it is checked.
+
+        Raises:
+            FileNotFoundError: if the level has no such file.
+            ValueError: if the file is damaged.
+        """
+        path = Path(folder) / cls.file
+        try:
+            facts = read_json(path)
+            if facts.pop("format", None) != FORMAT:
+                raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
+            return cls.checked(facts)
+        except FileNotFoundError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: {error}; {cls.verb} the level again") from error
 
 
 @dataclass(frozen=True)
@@ -30,7 +70,7 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class Restoration:
+class Restoration(Record):
     """The record of a restoration, JSON-ready by `to_dict`.
 
     Attributes:
@@ -44,6 +84,9 @@ class Restoration:
         fingerprint: of the changed parameters (`gisp_hf.models.fingerprint`).
         changed: their names.
     """
+
+    file = RESTORATION_FILE
+    verb = "restore"
 
     config: RestoreConfig
     sparsity: float
@@ -59,39 +102,19 @@ class Restoration:
         facts = {**asdict(self), "config": self.config.to_dict(), "changed": list(self.changed)}
         return {"format": FORMAT, **facts, "errors": [asdict(error) for error in self.errors]}
 
-    def save(self, folder: str | Path) -> None:
-        """Writes ``restoration.json`` into a level's folder."""
-        text = json.dumps(self.to_dict(), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        write_text_atomic(Path(folder) / RESTORATION_FILE, text)
-
     @classmethod
-    def load(cls, folder: str | Path) -> "Restoration":
-        """Reads what ``save`` wrote, and trusts none of it before it is checked.
-
-        Raises:
-            FileNotFoundError: if the level is not restored.
-            ValueError: if the file is damaged.
-        """
-        path = Path(folder) / RESTORATION_FILE
-        try:
-            facts = read_json(path)
-            if facts.pop("format", None) != FORMAT:
-                raise ValueError(f"this version of gisp_hf reads format {FORMAT}")
-            check_number(facts["sparsity"], "sparsity", least=0, most=1)
-            check_number(facts["blend"], "blend", least=0, most=1)
-            check_whole(facts["tokens"], "tokens")
-            check_text(facts["fingerprint"], "fingerprint")
-            check_object(facts["base"], "base")
-            check_object(facts["calibration"], "calibration")
-            changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
-            config = RestoreConfig(**check_object(facts["config"], "config"))
-            entries = [check_object(e, "errors") for e in check_list(facts["errors"], "errors", longest=10**5)]
-            errors = tuple(_checked_error(entry) for entry in entries)
-            return cls(**{**facts, "config": config, "errors": errors, "changed": tuple(changed)})
-        except FileNotFoundError:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} cannot be used: {error}; restore the level again") from error
+    def checked(cls, facts: dict[str, Any]) -> Self:
+        check_number(facts["sparsity"], "sparsity", least=0, most=1)
+        check_number(facts["blend"], "blend", least=0, most=1)
+        check_whole(facts["tokens"], "tokens")
+        check_text(facts["fingerprint"], "fingerprint")
+        check_object(facts["base"], "base")
+        check_object(facts["calibration"], "calibration")
+        changed = [check_text(name, "changed") for name in check_list(facts["changed"], "changed", longest=10**5)]
+        config = RestoreConfig(**check_object(facts["config"], "config"))
+        entries = [check_object(e, "errors") for e in check_list(facts["errors"], "errors", longest=10**5)]
+        errors = tuple(_checked_error(entry) for entry in entries)
+        return cls(**{**facts, "config": config, "errors": errors, "changed": tuple(changed)})
 
 
 def is_restored(folder: str | Path) -> bool:
