@@ -235,6 +235,14 @@ def test_arguments_that_would_spoil_a_run_are_refused_by_name(arguments, message
     assert not (tmp_path / "levels").exists()
 
 
+@pytest.mark.parametrize("method", ["gisp-activation", "wanda-sp", "flap-compensated"])
+def test_a_compiled_model_is_refused_where_activations_are_watched(method, tmp_path) -> None:
+    trainer = trainer_of(tiny_model(), tmp_path, torch_compile=True, torch_compile_backend="eager")
+    with pytest.raises(ValueError, match="torch_compile=True leaves out the hooks"):
+        gisp_hf.prune(trainer, tiny_config(method=method), tmp_path / "levels")
+    assert not (tmp_path / "levels").exists()
+
+
 # ---- clipping --------------------------------------------------------------------------------------------------------
 
 

@@ -267,8 +267,9 @@ class PruningCallback(TrainerCallback):
         Args:
             use_cache: of the model's config, before the Trainer changes it; None if that is not known.
         """
-        check_arguments(args)
-        check_model(model, find_method(self.config.method).criterion().needs, sharded=will_shard(args, model))
+        needs = find_method(self.config.method).criterion().needs
+        check_arguments(args, needs)
+        check_model(model, needs, sharded=will_shard(args, model))
         gates, model = not is_plain(model), bare_model(model)
         wrapped = gates or is_distributed(args) or args.torch_compile or is_sharded(model.parameters())
         if self.shrink and wrapped:

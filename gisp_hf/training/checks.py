@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 WITH_BACKWARD = ("bitsandbytes", "torchao")
 
 
-def check_arguments(args: TrainingArguments) -> None:
+def check_arguments(args: TrainingArguments, needs: Needs = "weight_gradients") -> None:
     """Refuses ways of running whose gradients cannot be scored.
+
+    Args:
+        needs: what the method's criterion reads.
 
     Raises:
         ValueError: with what to do instead.
@@ -34,6 +37,11 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(
             "fp16=True scales gradients up and skips steps that overflow, which breaks the scores; use bf16=True, or "
             "load the model in bfloat16"
+        )
+    if needs in ("activations", "activation_gradients") and args.torch_compile:
+        raise ValueError(
+            "torch_compile=True leaves out the hooks through which this method watches activations; do not set it in a "
+            "pruning run, or take a method of weights or their gradients (gisp, one-shot, magnitude)"
         )
     if args.deepspeed:
         raise ValueError(
