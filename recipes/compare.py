@@ -1,7 +1,7 @@
 """Compare pruning methods: the same model, calibration tokens and sparsities; quality on three domains, speed, cost.
 
     make compare                                    # or: python -m recipes.compare
-    python -m recipes.compare --fast                # seven methods, two levels, fewer tokens
+    python -m recipes.compare --fast                # six methods, two levels, fewer tokens
     python -m recipes.compare my.yaml --methods gisp one-shot --calibrations mixture
     python -m recipes.compare --report              # table and plots again, from the results that are there
 
