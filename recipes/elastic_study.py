@@ -32,7 +32,7 @@ from gisp_hf.recovery.elastic_file import record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
-from recipes.restore_study import LEVELS, MIXTURE, Cell, draw, find_level, prepare
+from recipes.restore_study import LEVELS, MIXTURE, TOKENS, Cell, draw, find_level, prepare
 
 RESULTS = Path("recipes/results/elastic")
 WORK = Path("runs/restore_study")
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, default=WORK / "base", metavar="DIR", help="the unpruned model")
     parser.add_argument("--streams", choices=("none", "unpruned", "own"), default="unpruned")
     parser.add_argument("--full-weight", type=float, default=FULL_WEIGHT, metavar="W")
-    parser.add_argument("--tokens", type=int, default=16_512, metavar="N", help="of calibration")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of calibration")
     parser.add_argument("--blend", type=float, default=0.5, metavar="FRACTION", help="of targets, for --streams own")
     parser.add_argument("--widths", type=float, nargs="+", default=list(WIDTHS), metavar="FRACTION")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")

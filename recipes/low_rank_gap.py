@@ -22,13 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import gisp_hf  # noqa: F401  teaches the Auto classes levels and elastic checkpoints
 from gisp_hf.atomic import write_text_atomic
-from gisp_hf.evaluation import perplexity
 from gisp_hf.recovery.grams import Grams
 from gisp_hf.report import format_table
 from recipes import restore_study
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS
-from recipes.restore_study import MIXTURE, WINDOW, WORK
+from recipes.restore_study import MIXTURE, TOKENS, WINDOW, WORK
 
 RESULTS = Path("recipes/results/elastic/low_rank")
 
@@ -62,12 +61,16 @@ def grams_of(model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> dict[st
     return {name: found.gram for name, found in sums.items()}
 
 
-def best_of_rank(change: torch.Tensor, gram: torch.Tensor, rank: int) -> torch.Tensor:
-    """The matrix of this rank nearest to ``change`` (m, n) on inputs with the Gram matrix ``gram`` (n, n)."""
+def factors_of(change: torch.Tensor, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``left`` (m, k) and ``right`` (k, n), in float64, whose product is ``change`` (m, n).
+
+    ``left[:, :rank] @ right[:rank]`` is the matrix of that rank nearest to it on inputs with the Gram matrix ``gram``
+    (n, n).
+    """
     values, vectors = torch.linalg.eigh(gram.double())
     scale = values.clamp_min(1e-6 * float(values.max())).sqrt()
     u, s, v = torch.linalg.svd((change.double() @ vectors) * scale, full_matrices=False)
-    return ((u[:, :rank] * s[:rank]) @ v[:rank] / scale) @ vectors.T
+    return u * s, (v / scale) @ vectors.T
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("restored", type=Path)
     parser.add_argument("--sparsity", type=float, default=0.5, metavar="FRACTION", help="of the level (default: 0.5)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--tokens", type=int, default=16_512, metavar="N", help="of calibration")
+    parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of calibration")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")
     parser.add_argument("--work", type=Path, default=WORK, metavar="DIR", help="text and base model")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, metavar="DIR")
@@ -86,21 +89,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     level = load_level(options.elastic, options.sparsity)
     own = AutoModelForCausalLM.from_pretrained(options.restored, dtype=torch.float32)
     text = restore_study.draw(MIXTURE, material.tokenizer, tokens=options.tokens, seed=0, work=options.work)
-    ids = torch.stack([torch.as_tensor(example["input_ids"]) for example in text.dataset])
-    grams = grams_of(level, ids.split(8))
+    grams = grams_of(level, restore_study.batches_of_text(text))
     shared = {name: part.weight.detach().clone() for name, part in projections(level).items()}
     goal = {name: part.weight.detach() for name, part in projections(own).items()}
     file = sum(path.stat().st_size for path in options.elastic.glob("model*.safetensors"))
+    changes = {name: goal[name] - weight for name, weight in shared.items()}
+    factors = {name: factors_of(change, grams[name]) for name, change in tqdm(changes.items(), desc="Factors")}
     rows = []
     for rank in [0, *options.ranks, None]:
         weight = 0
-        for name, part in tqdm(projections(level).items(), desc=f"rank {rank}", unit="matrix"):
-            change = goal[name] - shared[name]
-            if rank is not None:
-                change = best_of_rank(change, grams[name], rank).float()
+        for name, part in projections(level).items():
+            change = changes[name]
             weight += change.numel() if rank is None else rank * sum(change.shape)
+            if rank is not None:
+                left, right = factors[name]
+                change = (left[:, :rank] @ right[:rank]).float()
             part.weight.data.copy_(shared[name] + change)
-        found = {name: perplexity(level, ids, window=WINDOW, batch_size=4) for name, ids in material.held_out.items()}
+        found = material.perplexities(level)
         share = dtype.itemsize * weight / file
         rows.append({"rank": "full" if rank is None else rank, **found, "mean": geometric_mean(found), "weight": share})
     facts = {"sparsity": options.sparsity, "tokens": options.tokens, "window": WINDOW, "rows": rows}

@@ -31,7 +31,6 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from gisp_hf import RestoreConfig, restore_level
 from gisp_hf.atomic import write_text_atomic
 from gisp_hf.config import level_name
-from gisp_hf.evaluation import perplexity
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.lora import recover_level
 from gisp_hf.recovery.lora_record import TRAINED, Recovery
@@ -40,11 +39,10 @@ from gisp_hf.report import format_table
 from recipes import restore_study
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS
-from recipes.restore_study import LEVELS, MIXTURE, WINDOW, WORK, Material
+from recipes.restore_study import LEVELS, MIXTURE, TOKENS, WINDOW, WORK, Material
 
 RESULTS = Path("recipes/results/recover")
 VECTORS = tuple(train for train in TRAINED if train != "lora")
-RESTORE_TOKENS = 16_512
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def find_level(cell: Cell, material: Material) -> tuple[Path, float]:
             raise SystemExit(f"{folder} is not there yet: run python -m recipes.recover --prepare in one process first")
         plain = restore_study.find_level(restore_study.Cell(cell.sparsity), material)
         if cell.restored:
-            text = restore_study.draw(MIXTURE, material.tokenizer, tokens=RESTORE_TOKENS, seed=0, work=material.work)
+            text = restore_study.draw(MIXTURE, material.tokenizer, tokens=TOKENS, seed=0, work=material.work)
             config = RestoreConfig(tokens=None)
             shutil.rmtree(folder, ignore_errors=True)  # without its seconds, if a run ended at this place
             start = time.perf_counter()
@@ -168,7 +166,7 @@ def run_cell(cell: Cell, material: Material, settings: Settings, teacher: Path) 
         return None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=material.dtype)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    found = {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in material.held_out.items()}
+    found = material.perplexities(model)
     return {"perplexity": found, "geometric_mean": geometric_mean(found), **facts}
 
 

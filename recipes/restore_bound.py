@@ -26,14 +26,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gisp_hf.atomic import write_text_atomic
-from gisp_hf.evaluation import perplexity
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.restore import restore
 from gisp_hf.report import format_table
 from recipes import restore_study
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS
-from recipes.restore_study import MIXTURE, WINDOW, WORK, Cell, Material
+from recipes.restore_study import MIXTURE, TOKENS, WINDOW, WORK, Cell, Material
 
 RESULTS = Path("recipes/results/restore_bound")
 HELD_OUT = 10  # one batch in so many
@@ -44,7 +43,7 @@ Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Settings:
     level: float = 0.3
-    tokens: int = 16_512
+    tokens: int = TOKENS
     epochs: int = 3
     learning_rate: float = 1e-4
     batch_size: int = 8
@@ -130,7 +129,7 @@ def measure(settings: Settings, material: Material) -> dict[str, Any]:
     )
 
     def perplexities() -> dict[str, float]:
-        found = {name: perplexity(level, ids, window=WINDOW, batch_size=4) for name, ids in material.held_out.items()}
+        found = material.perplexities(level)
         return {**found, "mean": geometric_mean(found)}
 
     rows = {"pruned": {**perplexities(), "seconds": 0.0}}
@@ -138,8 +137,8 @@ def measure(settings: Settings, material: Material) -> dict[str, Any]:
     restore(level, base, text, RestoreConfig(tokens=None, blend=settings.blend), progress=False)
     rows["restored"] = {"seconds": time.perf_counter() - start, **perplexities()}
     start = time.perf_counter()
-    ids = torch.stack([torch.as_tensor(example["input_ids"]) for example in text.dataset])
-    batches = [batch for batch in ids.split(settings.batch_size) if len(batch) == settings.batch_size]
+    batches = restore_study.batches_of_text(text, batch_size=settings.batch_size)
+    batches = [batch for batch in batches if len(batch) == settings.batch_size]
     errors = train_layers(level.eval(), base.eval(), batches, settings)
     rows["restored, all weights trained"] = {"seconds": time.perf_counter() - start, **perplexities()}
     return {"rows": rows, "errors": errors}

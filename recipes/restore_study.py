@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gisp_hf import GISPConfig
 from gisp_hf.atomic import write_text_atomic
@@ -27,6 +27,7 @@ from gisp_hf.data import Calibration, load_calibration
 from gisp_hf.data.shares import split_mixture
 from gisp_hf.evaluation import perplexity
 from gisp_hf.models.dtype import fast_dtype
+from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.restore import restore
 from gisp_hf.report import format_table
@@ -41,6 +42,7 @@ MIXTURE = "wikipedia:1/3,news:1/3,code:1/3"
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 BLOCK = 128  # tokens; of pruning and of restoration
 WINDOW = 256  # of perplexity
+TOKENS = 16_512  # of restoration: ten times the inputs of the widest projection
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Cell:
     """One restoration; ``tokens`` 0: the level as it is. ``sparsity`` 0: the unpruned model."""
 
     sparsity: float
-    tokens: int = 16_512  # ten times the inputs of the widest projection
+    tokens: int = TOKENS
     data: str = MIXTURE
     blend: float = 0.5
     ridge: tuple[float, ...] = RIDGES
@@ -90,6 +92,12 @@ def draw(
     return load_calibration(name, tokenizer, tokens=tokens, block_size=block_size or BLOCK, seed=seed)
 
 
+def batches_of_text(calibration: Calibration, *, batch_size: int = 8) -> list[torch.Tensor]:
+    """The token ids of blocks, (B, T) each."""
+    batches = batches_of(calibration.dataset, batch_size=batch_size, tokens=None, collate=calibration.collator)
+    return [batch["input_ids"] for batch in batches]
+
+
 @dataclass(frozen=True)
 class Material:
     """Everything that cells share. ``work/base`` holds the unpruned model."""
@@ -98,6 +106,10 @@ class Material:
     tokenizer: Any
     held_out: dict[str, torch.Tensor]
     dtype: torch.dtype
+
+    def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """On the held-out text of each domain."""
+        return {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in self.held_out.items()}
 
 
 def prepare(work: Path, *, evaluation_tokens: int, dtype: torch.dtype) -> Material:
@@ -138,7 +150,7 @@ def run_cell(cell: Cell, material: Material) -> dict[str, Any]:
         record = restore(model, material.work / "base", calibration, config, progress=False)
         seconds = time.perf_counter() - start
         errors = [asdict(error) for error in record.errors]
-    found = {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in material.held_out.items()}
+    found = material.perplexities(model)
     return {"perplexity": found, "geometric_mean": geometric_mean(found), "seconds": seconds, "errors": errors}
 
 

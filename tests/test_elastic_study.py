@@ -57,7 +57,8 @@ def test_the_best_matrix_of_a_rank_is_that_of_the_whole_inputs(rank: int) -> Non
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 8, generator=generator, dtype=torch.float64) @ torch.diag(torch.arange(1.0, 9).double())
     change = torch.randn(10, 8, generator=generator, dtype=torch.float64)
-    found = low_rank_gap.best_of_rank(change, inputs.T @ inputs, rank)
+    left, right = low_rank_gap.factors_of(change, inputs.T @ inputs)
+    found = left[:, :rank] @ right[:rank]
     u, s, v = torch.linalg.svd(change @ inputs.T, full_matrices=False)  # of all outputs at once
     torch.testing.assert_close(found @ inputs.T, (u[:, :rank] * s[:rank]) @ v[:rank])
     assert torch.linalg.matrix_rank(found) == rank

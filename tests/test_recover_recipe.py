@@ -9,22 +9,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gisp_hf.evaluation import perplexity
 from gisp_hf.levels.info import read_levels
 from gisp_hf.recovery.lora_record import Recovery
-from recipes import recover, restore_study
-from recipes.demo_data import DOMAINS, Domain, held_out_tokens
-from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
+from recipes import recover
+from recipes.demo_data import held_out_tokens
+from tests.tiny_domains import domain, use_tiny_domains
 
 
 @pytest.mark.slow
 def test_cells_run_once_and_give_a_table(tmp_path: Path, monkeypatch, capsys) -> None:
-    def documents(seed: int) -> list[str]:
-        return [tiny_tokenizer().decode(block["input_ids"]) for block in tiny_blocks(120, 64, seed=seed)]
-
-    def domain(name: str) -> Domain:
-        seed = list(DOMAINS).index(name)
-        return Domain(documents(seed), documents(seed + 10))
-
-    monkeypatch.setattr(restore_study, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
-    monkeypatch.setattr(restore_study, "load_domain", domain)
+    use_tiny_domains(monkeypatch)
     argv = ["--levels", "0.3", "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out")]
     argv += ["--evaluation-tokens", "512", "--tokens", "6144", "--minutes", "0.01", "--only"]
     recover.main([*argv, "restored", "--prepare"])

@@ -4,22 +4,13 @@ import json
 
 import pytest
 
-from recipes import restore_bound, restore_study
-from recipes.demo_data import DOMAINS, Domain
-from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
+from recipes import restore_bound
+from tests.tiny_domains import use_tiny_domains
 
 
 @pytest.mark.slow
 def test_training_lowers_the_error_of_layers(tmp_path, monkeypatch, capsys) -> None:
-    def documents(seed: int) -> list[str]:
-        return [tiny_tokenizer().decode(block["input_ids"]) for block in tiny_blocks(120, 64, seed=seed)]
-
-    def domain(name: str) -> Domain:
-        seed = list(DOMAINS).index(name)
-        return Domain(documents(seed), documents(seed + 10))
-
-    monkeypatch.setattr(restore_study, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
-    monkeypatch.setattr(restore_study, "load_domain", domain)
+    use_tiny_domains(monkeypatch)
     argv = ["--tokens", "4096", "--epochs", "2", "--learning-rate", "1e-3", "--evaluation-tokens", "512"]
     restore_bound.main([*argv, "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out")])
     (file,) = (tmp_path / "out").iterdir()

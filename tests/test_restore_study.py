@@ -5,21 +5,12 @@ import json
 import pytest
 
 from recipes import restore_study
-from recipes.demo_data import DOMAINS, Domain
-from tests.tiny import tiny_blocks, tiny_model, tiny_tokenizer
+from tests.tiny_domains import use_tiny_domains
 
 
 @pytest.mark.slow
 def test_cells_run_once_and_give_a_table(tmp_path, monkeypatch, capsys) -> None:
-    def documents(seed: int) -> list[str]:
-        return [tiny_tokenizer().decode(block["input_ids"]) for block in tiny_blocks(120, 64, seed=seed)]
-
-    def domain(name: str) -> Domain:
-        seed = list(DOMAINS).index(name)
-        return Domain(documents(seed), documents(seed + 10))
-
-    monkeypatch.setattr(restore_study, "load_smollm2", lambda dtype: (tiny_model(dtype=dtype), tiny_tokenizer()))
-    monkeypatch.setattr(restore_study, "load_domain", domain)
+    use_tiny_domains(monkeypatch)
     argv = ["--levels", "0.3", "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out")]
     argv += ["--evaluation-tokens", "512", "--only"]
     for only in ("dense", "0.30-unrestored", "0.30-mixture-16512-blend0.5-ridge0.01-seed0"):
