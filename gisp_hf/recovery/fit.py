@@ -70,7 +70,8 @@ def restored_weights(
 ) -> Iterator[Fit]:
     """Restores layer after layer and yields each weight as it is done.
 
-    In memory at once: one layer of each model, one Gram matrix, and the hidden states of ``batches``.
+    In memory at once: one layer of each model, two Gram matrices (one for a single ridge), and the hidden states of
+    ``batches``.
 
     Args:
         batches: of `batches_of`. With several processes each
