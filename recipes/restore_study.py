@@ -4,16 +4,17 @@
     python -m recipes.restore_study --levels 0.3 0.5
     python -m recipes.restore_study --report            # the table again, from the results that are there
 
-Prunes once on a third of each domain (4,096 tokens in each of 12 steps), keeps the levels in runs/restore_study, and
-then restores a fresh copy of a level in every cell. A cell is one JSON file in recipes/results/restore; one whose file
-is there does not run again. Hardware: two CPU cores, 4 GB of memory. Time: see docs/restore.md.
+Prunes once on a third of each domain (12 steps of the same 4,096 tokens) and once on Wikipedia (80 steps of 1,024 other
+tokens each), keeps the levels in runs/restore_study, and then restores a copy of a level in every cell. A cell is one
+JSON file in recipes/results/restore; one whose file is there does not run again. Hardware: two CPU cores, 4 GB of
+memory. Time: see docs/restore.md.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ MIXTURE = "wikipedia:1/3,news:1/3,code:1/3"
 RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 BLOCK = 128  # tokens; of pruning and of restoration
 WINDOW = 256  # of perplexity
+STEPS = GISPConfig(sparsity_levels=LEVELS, num_steps=12)  # of the same 4,096 tokens
+FRESH = GISPConfig(sparsity_levels=LEVELS, num_steps=80, score_momentum=0.8)  # of 1,024 other tokens each
 TOKENS = 16_512  # of restoration: ten times the inputs of the widest projection
 
 
@@ -56,12 +59,14 @@ class Cell:
     ridge: tuple[float, ...] = RIDGES
     seed: int = 0
     pruned_on: str = MIXTURE
+    fresh: bool = False  # pruned in 80 steps, each with other text (`FRESH`)
 
     @property
     def file(self) -> str:
         if self.sparsity == 0:
             return "dense.json"
         pruned = "" if self.pruned_on == MIXTURE else f"-pruned_on_{_short(self.pruned_on)}"
+        pruned += "-fresh" if self.fresh else ""
         if self.tokens == 0:
             return f"{level_name(self.sparsity)}{pruned}-unrestored.json"
         ridge = "_".join(f"{value:g}" for value in self.ridge)
@@ -78,6 +83,9 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     found += [Cell(level, data="wikipedia") for level in levels]
     found += [Cell(level, tokens=tokens) for tokens in (8_064, 65_664) for level in levels]
     found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
+    for level in levels:  # all that helps, on one domain and measured there
+        plain = Cell(level, tokens=0, data="wikipedia", pruned_on="wikipedia", fresh=True)
+        found += [plain, replace(plain, tokens=65_664)]
     found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
     found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1, 3e-1) for level in levels]
     return list({cell.file: cell for cell in found}.values())
@@ -128,12 +136,20 @@ def prepare(work: Path, *, evaluation_tokens: int, dtype: torch.dtype) -> Materi
 
 def find_level(cell: Cell, material: Material) -> Path:
     """The folder of a level; prunes first if there is none."""
-    folder = material.work / f"levels-{_short(cell.pruned_on)}"
+    folder = material.work / f"levels-{_short(cell.pruned_on)}{'-fresh' if cell.fresh else ''}"
     if not (folder / "trajectory.json").is_file():
         model = AutoModelForCausalLM.from_pretrained(material.work / "base", dtype=material.dtype)
-        config = GISPConfig(sparsity_levels=LEVELS, num_steps=12)
-        calibration = draw(cell.pruned_on, material.tokenizer, tokens=4096, seed=0, work=material.work)
-        prune(model, material.tokenizer, calibration, config=config, output_dir=folder, batch_size=8)
+        config, tokens = (FRESH, 1024 * FRESH.num_steps) if cell.fresh else (STEPS, 4096)
+        calibration = draw(cell.pruned_on, material.tokenizer, tokens=tokens, seed=0, work=material.work)
+        prune(
+            model,
+            material.tokenizer,
+            calibration,
+            config=config,
+            output_dir=folder,
+            batch_size=8,
+            fresh=cell.fresh,
+        )
     return folder / level_name(cell.sparsity)
 
 
@@ -164,6 +180,7 @@ def table(folder: Path) -> str:
         rows.append(
             {
                 "level": "dense" if cell["sparsity"] == 0 else f"{cell['sparsity']:.0%}",
+                "pruned on": "-" if cell["sparsity"] == 0 else _short(cell["pruned_on"]) + _fresh(cell),
                 "data": "-" if plain else _short(cell["data"]),
                 "tokens": "-" if plain else f"{cell['tokens']:,}",
                 "blend": "-" if plain else f"{cell['blend']:g}",
@@ -175,7 +192,7 @@ def table(folder: Path) -> str:
                 "order": (cell["sparsity"], found["result"]["geometric_mean"]),
             }
         )
-    columns = {name: name for name in ("level", "data", "tokens", "blend", "ridge", "seed", *DOMAINS)}
+    columns = {name: name for name in ("level", "pruned on", "data", "tokens", "blend", "ridge", "seed", *DOMAINS)}
     columns |= {"mean": "geometric mean", "seconds": "seconds"}
     formats = {**dict.fromkeys(DOMAINS, ",.2f"), "mean": ",.2f", "seconds": ",.0f"}
     return format_table(sorted(rows, key=lambda row: row["order"]), columns, formats=formats)
@@ -188,6 +205,10 @@ def dtype_here() -> torch.dtype:
 
 def _span(ridge: Sequence[float]) -> str:
     return f"{ridge[0]:g}" if len(ridge) == 1 else f"best of {len(ridge)}, {ridge[0]:g} to {ridge[-1]:g}"
+
+
+def _fresh(cell: dict[str, Any]) -> str:
+    return ", fresh text" if cell.get("fresh") else ""  # results from before this field have none
 
 
 def _short(data: str) -> str:

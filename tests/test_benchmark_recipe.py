@@ -18,10 +18,15 @@ def test_masked_and_gisp_hf_remove_the_same(tmp_path, capsys) -> None:
         "16",
         "--chunk-tokens",
         "32",
+        "--repeats",
+        "2",
     ]
     summary = benchmark_pruning.compare(benchmark_pruning.parse(argv), argv)
     assert summary["same_order"] and summary["removed"] > 50 and summary["removed_differently"] == 0
-    assert summary["time_ratio"] > 0 and summary["memory_ratio"] > 0
+    assert summary["time_ratio"] > 0 and summary["memory_ratio"] > 0 and summary["resident_ratio"] > 0
+    assert all(row["peak"] > 0 for row in summary["rows"]) and all(row["resident"] > 0 for row in summary["rows"])
     activation = summary["activation"]
     assert activation["memory_ratio"] > 0 and 0 < activation["shared"] <= min(activation["removed"], summary["removed"])
-    assert capsys.readouterr().out.count("of the masked run") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("of the masked run") == 2
+    assert printed.count("running masked, ") == 2

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -164,7 +165,7 @@ def _write_rest(
 
 
 def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
-    """Makes sure, before any work is done, that levels can be written to ``folder``.
+    """Makes sure, before any work is done, that levels can be written to ``folder``; a new one is removed again.
 
     Args:
         may_hold_others: whether files that pruning does not write may lie there (the Trainer's own output folder).
@@ -174,6 +175,7 @@ def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
         OSError: if it cannot be written to.
     """
     folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = unique_beside(folder / "write-test")
@@ -181,6 +183,11 @@ def check_output_folder(folder: str | Path, *, may_hold_others: bool) -> None:
         probe.unlink()
     except OSError as error:
         raise type(error)(f"cannot write to the output folder {folder}: {error.strerror}; choose another") from error
+    if made:  # a run that is refused after this leaves nothing behind
+        with suppress(OSError):  # another program has put something into it
+            for path in made:
+                path.rmdir()
+        return
     names = sorted(path.name for path in folder.iterdir())
     ours = [name for name in names if name.startswith(("sparsity-", "trajectory."))]
     in_the_way = ours if may_hold_others else names
