@@ -1,7 +1,9 @@
 """Criteria that watch activations: each score against its definition, written out in loops."""
 
+import importlib
 import math
 import statistics
+import sys
 import weakref
 
 import pytest
@@ -11,6 +13,7 @@ from gisp_hf import GISPConfig, GISPPruner, Trajectory
 from gisp_hf.criteria.refit import Refit, refit_errors
 from gisp_hf.models import discover
 from gisp_hf.models.surgery import zero_structures
+from gisp_hf.pruning import methods
 from gisp_hf.pruning.engine import Engine
 from tests.runs import prune, tiny_config
 from tests.test_distributed import launch
@@ -125,9 +128,21 @@ def cross_entropy(model, ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def test_gisp_activation_equals_loops_over_tokens_and_structures() -> None:
+@pytest.fixture
+def activation_variants():
+    """The methods of `recipes.activation_variants`, for one test."""
+    before = dict(methods.METHODS)
+    sys.modules.pop("recipes.activation_variants", None)
+    importlib.import_module("recipes.activation_variants")
+    yield
+    methods.METHODS.clear()
+    methods.METHODS.update(before)
+
+
+@pytest.mark.parametrize("method", ["gisp-activation", "activation-squared", "activation-per-sequence"])
+def test_scores_of_gates_equal_loops_over_tokens_and_structures(method, activation_variants) -> None:
     model, ids = tiny_model(num_hidden_layers=2), tokens()
-    _, found = scored(model, "gisp-activation", ids[:2], ids[2:])
+    _, found = scored(model, method, ids[:2], ids[2:])
     kept: list[torch.Tensor] = []
 
     def keep(module, args, output) -> None:
@@ -143,10 +158,20 @@ def test_gisp_activation_equals_loops_over_tokens_and_structures() -> None:
         expected = []
         for first in range(0, x.shape[-1], width):
             total = 0.0
-            for value, gradient in zip(x.detach().flatten(0, 1), x.grad.flatten(0, 1)):
-                total += abs(sum(float(value[c]) * float(gradient[c]) for c in range(first, first + width)))
+            for values, gradients in zip(x.detach(), x.grad):  # of a sequence
+                slopes = [
+                    sum(float(value[c]) * float(gradient[c]) for c in range(first, first + width))
+                    for value, gradient in zip(values, gradients)
+                ]
+                if method == "activation-squared":
+                    total += sum(slope**2 for slope in slopes)
+                elif method == "activation-per-sequence":
+                    total += abs(sum(slopes))
+                else:
+                    total += sum(map(abs, slopes))
             expected.append(total)
-        torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-7)
+        tolerance = 1e-10 if method == "activation-squared" else 1e-7
+        torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -17,8 +17,6 @@ def test_every_way_of_restoring_is_measured(tmp_path, capsys) -> None:
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["mean"]) for row in facts["rows"])
     assert len({row["loss"] for row in facts["rows"]}) == 6  # each way changed the weights
     counts = {row["level"].removeprefix("restored on "): row["tokens"] for row in restored}
-    # The same number of tokens, but for the questions where they do not count, and the last block's rest.
-    everything = counts["own answers and their questions"]
-    assert 0 < counts["own answers alone"] < everything
-    assert abs(counts["half Wikipedia, half own"] - everything) <= everything / 2
+    everything, text = counts["own answers and their questions"], counts["Wikipedia"]  # tiny text has longer blocks
+    assert 0 < counts["own answers alone"] < everything < counts["half Wikipedia, half own"] < text
     assert "restored on own answers alone" in capsys.readouterr().out

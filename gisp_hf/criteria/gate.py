@@ -81,11 +81,18 @@ class Gate(ActivationCriterion):
             gates = activation * gradient.float()  # (B, T, length), float32
             if self._widths[parameter] > 1:  # a channel is one column, and a sum over it would be a copy
                 gates = gates.unflatten(-1, (-1, self._widths[parameter])).sum(dim=-1)  # (B, T, size)
-            self.add(parameter, gates.abs_().flatten(0, -2).sum(dim=0))
+            self.add(parameter, self.reduce(gates))
 
         if factors is not None:
             return _ScoredProduct.apply(*factors, inputs.detach(), self._mlps[parameter].act_fn, score)
         return _ScoredIdentity.apply(inputs, score)
+
+    def reduce(self, gates: torch.Tensor) -> torch.Tensor:
+        """The scores of a batch, (size,), from the derivatives of its gates, (B, T, size), which may be overwritten.
+
+        Overwritten by criteria that differ in nothing else (`recipes.activation_variants`).
+        """
+        return gates.abs_().flatten(0, -2).sum(dim=0)
 
     def sums(self, layout: Layout, blocks: Sequence[int]) -> Sums:
         names = [member.parameter for number in blocks for member in readers(layout.blocks[number])]

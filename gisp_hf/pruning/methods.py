@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {
         layer_shares=Owl,
         description="wanda-sp, smaller shares of layers with many outliers (arXiv 2310.05175)",
     ),
-    # Without a normalisation for now: dividing by parameters removes far too many heads.
+    # Without a normalisation: dividing by parameters removes far too many heads (docs/ablations.md).
     "gisp-activation": Method(
         Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
     ),
