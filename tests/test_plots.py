@@ -54,6 +54,13 @@ def test_perplexity_plot_draws_every_point_in_order(tmp_path, figures):
     assert axes.get_yscale() == "log"
 
 
+def test_names_of_many_curves_stand_beside_the_axes(tmp_path, figures):
+    plot_perplexity({f"method-{i}": [(0.2, 20.0 + i), (0.4, 40.0 + i)] for i in range(25)}, tmp_path / "many.png")
+    (axes,) = figures[0].axes
+    names, drawn = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert names.x0 >= drawn.x1 and drawn.height > 0.8 * figures[0].bbox.height
+
+
 def test_removed_plot_has_a_panel_for_each_level_mildest_first(tmp_path, figures):
     PLOTS["removed"](tmp_path / "plot.png")
     *panels, _bar = figures[0].axes

@@ -86,7 +86,9 @@ def plot_perplexity(
     axes.set_ylabel("perplexity (log scale)")
     _show_sparsity(axes, "sparsity (decoder-layer parameters removed)")
     _style(axes)
-    axes.legend(framealpha=1, edgecolor="white")
+    entries = len(series) + len(baselines or {})  # more than the height of the axes holds stand beside them
+    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "fontsize": "small", "labelspacing": 0.2}
+    axes.legend(framealpha=1, edgecolor="white", **(beside if entries > 16 else {}))
     figure.savefig(path)
 
 
