@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,24 +22,22 @@ from transformers import PreTrainedModel
 
 from gisp_hf import GISPConfig, RestoreConfig, restore
 from gisp_hf.atomic import write_text_atomic
-from gisp_hf.data import AnswerSettings, CandidateCollator
+from gisp_hf.data import AnswerSettings
 from gisp_hf.data.self_answers import answered_prompts
-from gisp_hf.evaluation import perplexity
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.report import format_table
-from recipes import self_calibration
+from recipes import restore_study, self_calibration
 from recipes.compare_results import geometric_mean
-from recipes.demo_data import DOMAINS, held_out_tokens, load_domain
+from recipes.demo_data import DOMAINS
 
 RESULTS = Path("recipes/results/restore_answers")
-WINDOW = 256  # of perplexity
 
 
 def held_out_text(name: str, tokenizer: Any, *, count: int) -> dict[str, torch.Tensor]:
     """Token ids of each domain: (count,)."""
     if name == "tiny":
         return {domain: torch.arange(count) % 50 + 4 for domain in DOMAINS}
-    return {domain: held_out_tokens(load_domain(domain).held_out, tokenizer, count=count) for domain in DOMAINS}
+    return restore_study.held_out_text(tokenizer, count=count)
 
 
 def study(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -57,22 +54,17 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
     tokens = sum(len(row.input_ids) for row in own.rows)
     text = self_calibration.wikipedia(options.model, tokenizer, tokens=tokens, count=len(own), seed=options.seed)
     domains = held_out_text(options.model, tokenizer, count=options.evaluation_tokens)
-    collate = CandidateCollator(tokenizer)
-
-    def batches(rows: Any) -> list[Mapping[str, torch.Tensor]]:
-        every = range(0, len(rows), options.batch_size)
-        return [collate([rows[i] for i in range(first, min(first + options.batch_size, len(rows)))]) for first in every]
 
     def measure(level: PreTrainedModel) -> dict[str, Any]:
-        found = {name: perplexity(level, ids, window=WINDOW, batch_size=4) for name, ids in domains.items()}
+        found = restore_study.perplexities(level, domains)
         return {"loss": self_calibration.loss_on(level, target, tokenizer), **found, "mean": geometric_mean(found)}
 
-    half = len(own) // 2
+    answers, half = list(own), len(own) // 2
     ways: dict[str, tuple[Any, Literal["all", "answers"]]] = {
-        "Wikipedia": (batches(text), "all"),
-        "own answers and their questions": (batches(own), "all"),
-        "own answers alone": (batches(own), "answers"),
-        "half Wikipedia, half own": (batches([own[i] for i in range(half)]) + batches(text[half:]), "all"),
+        "Wikipedia": (text, "all"),
+        "own answers and their questions": (answers, "all"),
+        "own answers alone": (answers, "answers"),
+        "half Wikipedia, half own": (answers[:half] + text[half:], "all"),
     }
     rows = [{"level": "dense", "tokens": 0, **measure(model)}]
     pruned, _ = self_calibration.load(options.model)
@@ -86,9 +78,8 @@ def study(options: argparse.Namespace) -> list[dict[str, Any]]:
         for name, (data, positions) in ways.items():
             level = type(pruned).from_pretrained(folder, dtype=pruned.dtype)
             start = time.perf_counter()
-            record = restore(
-                level, model, data, RestoreConfig(tokens=None, positions=positions), progress=sys.stderr.isatty()
-            )
+            fit = RestoreConfig(tokens=None, positions=positions, batch_size=options.batch_size)
+            record = restore(level, model, data, fit, progress=sys.stderr.isatty())
             seconds = round(time.perf_counter() - start, 1)
             rows.append({"level": f"restored on {name}", "tokens": record.tokens, **measure(level), "seconds": seconds})
             print(f"{name}: {rows[-1]['loss']:.4f} nats a token", flush=True)
@@ -115,7 +106,12 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     rows = study(options)
     keys = ("model", "method", "prompts", "max_new_tokens", "sparsity", "steps", "evaluation_tokens", "seed")
-    facts = {**{key: getattr(options, key) for key in keys}, "window": WINDOW, "dtype": str(fast_dtype()), "rows": rows}
+    facts = {
+        **{key: getattr(options, key) for key in keys},
+        "window": restore_study.WINDOW,
+        "dtype": str(fast_dtype()),
+        "rows": rows,
+    }
     options.output_dir.mkdir(parents=True, exist_ok=True)
     write_text_atomic(options.output_dir / f"seed{options.seed}.json", json.dumps(facts, indent=1) + "\n")
     columns = {"level": "level", "tokens": "tokens", "loss": "loss on answers, nats"}

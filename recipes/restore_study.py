@@ -13,7 +13,7 @@ memory. Time: see docs/restore.md.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,17 @@ class Material:
 
     def perplexities(self, model: PreTrainedModel) -> dict[str, float]:
         """On the held-out text of each domain."""
-        return {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in self.held_out.items()}
+        return perplexities(model, self.held_out)
+
+
+def perplexities(model: PreTrainedModel, held_out: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Name -> perplexity on a text, (n_tokens,)."""
+    return {name: perplexity(model, ids, window=WINDOW, batch_size=4) for name, ids in held_out.items()}
+
+
+def held_out_text(tokenizer: Any, *, count: int) -> dict[str, torch.Tensor]:
+    """Token ids of each domain, (count,), that calibration never sees."""
+    return {name: held_out_tokens(load_domain(name).held_out, tokenizer, count=count) for name in DOMAINS}
 
 
 def prepare(work: Path, *, evaluation_tokens: int, dtype: torch.dtype) -> Material:
@@ -128,10 +138,7 @@ def prepare(work: Path, *, evaluation_tokens: int, dtype: torch.dtype) -> Materi
         model.save_pretrained(work / "base")
         tokenizer.save_pretrained(work / "base")
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
-    held_out = {
-        name: held_out_tokens(load_domain(name).held_out, tokenizer, count=evaluation_tokens) for name in DOMAINS
-    }
-    return Material(work, tokenizer, held_out, dtype)
+    return Material(work, tokenizer, held_out_text(tokenizer, count=evaluation_tokens), dtype)
 
 
 def find_level(cell: Cell, material: Material) -> Path:
@@ -175,21 +182,23 @@ def table(folder: Path) -> str:
     rows = []
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        cell = found["cell"]
-        plain = cell["tokens"] == 0
+        cell = Cell(**{**found["cell"], "ridge": tuple(found["cell"]["ridge"])})
+        plain = cell.tokens == 0
         rows.append(
             {
-                "level": "dense" if cell["sparsity"] == 0 else f"{cell['sparsity']:.0%}",
-                "pruned on": "-" if cell["sparsity"] == 0 else _short(cell["pruned_on"]) + _fresh(cell),
-                "data": "-" if plain else _short(cell["data"]),
-                "tokens": "-" if plain else f"{cell['tokens']:,}",
-                "blend": "-" if plain else f"{cell['blend']:g}",
-                "ridge": "-" if plain else _span(cell["ridge"]),
-                "seed": "-" if plain else str(cell["seed"]),
+                "level": "dense" if cell.sparsity == 0 else f"{cell.sparsity:.0%}",
+                "pruned on": "-"
+                if cell.sparsity == 0
+                else _short(cell.pruned_on) + (", fresh text" if cell.fresh else ""),
+                "data": "-" if plain else _short(cell.data),
+                "tokens": "-" if plain else f"{cell.tokens:,}",
+                "blend": "-" if plain else f"{cell.blend:g}",
+                "ridge": "-" if plain else _span(cell.ridge),
+                "seed": "-" if plain else str(cell.seed),
                 **found["result"]["perplexity"],
                 "mean": found["result"]["geometric_mean"],
                 "seconds": found["result"]["seconds"],
-                "order": (cell["sparsity"], found["result"]["geometric_mean"]),
+                "order": (cell.sparsity, found["result"]["geometric_mean"]),
             }
         )
     columns = {name: name for name in ("level", "pruned on", "data", "tokens", "blend", "ridge", "seed", *DOMAINS)}
@@ -205,10 +214,6 @@ def dtype_here() -> torch.dtype:
 
 def _span(ridge: Sequence[float]) -> str:
     return f"{ridge[0]:g}" if len(ridge) == 1 else f"best of {len(ridge)}, {ridge[0]:g} to {ridge[-1]:g}"
-
-
-def _fresh(cell: dict[str, Any]) -> str:
-    return ", fresh text" if cell.get("fresh") else ""  # results from before this field have none
 
 
 def _short(data: str) -> str:
