@@ -2,6 +2,7 @@
 
     python -m recipes.elastic_study --run runs/restore_study/levels-mixture --base runs/restore_study/base
     python -m recipes.elastic_study --full-weight 1 --streams own --tokens 16512
+    python -m recipes.elastic_study --full-weight 100 --norms
     python -m recipes.elastic_study --report        # the table again, from the results that are there
 
 The run is that of ``recipes.restore_study`` (a third of each domain, 4,096 tokens in each of 12 steps, to 50 %); it is
@@ -13,7 +14,7 @@ memory. Time: see docs/elastic.md.
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT, level_weights
-from gisp_hf.recovery.elastic_file import record, share
+from gisp_hf.recovery.elastic_file import give_norms, record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
@@ -41,6 +42,7 @@ WIDTHS = (FULL, *LEVELS, BETWEEN)
 WINDOW = 256
 DRAFT = 0.5
 SWITCHES = 20
+NORM_TOKENS = 65_536
 
 
 def measure(path: Path, key: str, value: Callable[[], Any]) -> Any:
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--full-weight", type=float, default=FULL_WEIGHT, metavar="W")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of calibration")
     parser.add_argument("--blend", type=float, default=0.5, metavar="FRACTION", help="of targets, for --streams own")
+    parser.add_argument("--norms", action="store_true", help="train the norms of each level")
+    parser.add_argument("--norm-tokens", type=int, default=NORM_TOKENS, metavar="N", help="of their training, one pass")
     parser.add_argument("--widths", type=float, nargs="+", default=list(WIDTHS), metavar="FRACTION")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="to decode; 0: do not")
@@ -138,6 +142,7 @@ def run(options: argparse.Namespace) -> None:
     if options.streams != "none":
         name = f"{options.streams}-{options.tokens}-full{options.full_weight:g}"
         name += f"-blend{options.blend:g}" if options.streams == "own" else ""
+    name += f"-norms{options.norm_tokens}" if options.norms else ""
     path = options.output_dir / f"{name}.json"
     settings = {"evaluation_tokens": options.evaluation_tokens, "dtype": str(options.dtype)}
     measure(path, "settings", lambda: {**settings, "ridge": RestoreConfig().middle_ridge})
@@ -153,6 +158,10 @@ def run(options: argparse.Namespace) -> None:
         measure(path, "fit", lambda: {"seconds": seconds, "errors": facts["errors"]})
         weights = {fit.parameter: fit.weight for fit in fits}
     elastic: Any = make_elastic(model, trajectory, levels=LEVELS, weights=weights)
+    if options.norms:
+        blocks = draw(MIXTURE, tokenizer, tokens=options.norm_tokens, seed=0, work=options.work, block_size=WINDOW)
+        trained = give_norms(elastic, blocks, levels=LEVELS)
+        measure(path, "norms", lambda: {level: _brief(facts) for level, facts in trained.items()})
     measure(path, "switch_ms", lambda: switch_times(elastic))
     for width in options.widths:
         elastic.set_sparsity(width)
@@ -164,6 +173,10 @@ def run(options: argparse.Namespace) -> None:
         prompt = held_out_tokens(load_domain("wikipedia").held_out, tokenizer, count=256)[None, :32]
         measure(path, "drafting", lambda: drafting(elastic, prompt, new_tokens=options.new_tokens))
     measure(path, "file", lambda: file_sizes(elastic, trajectory, options))
+
+
+def _brief(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: facts[key] for key in ("steps", "tokens", "seconds", "loss", "training")}
 
 
 def file_sizes(elastic: PreTrainedModel, trajectory: Trajectory, options: argparse.Namespace) -> dict[str, float]:

@@ -54,6 +54,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also keep the base model's output projections, for full width; a larger file (default: do not)",
     )
+    parser.add_argument(
+        "--norms",
+        action="store_true",
+        help="also train the norms of each level on the text, in one pass; the file holds them beside the shared "
+        "weights (default: all levels share the base model's norms)",
+    )
     parser.add_argument("--seed", type=int, metavar="N", default=DEFAULT.seed, help="of the drawing (default: 0)")
     add_base_options(parser)
 
@@ -70,13 +76,16 @@ def run(options: argparse.Namespace) -> None:
         weights={FULL: options.full_weight},
         streams=options.streams,
         full_apart=options.full_apart,
+        norms=options.norms,
         base_model=options.base_model,
         base_revision=options.base_revision,
         revision=options.revision,
     )
     say(f"{folder}: load it with AutoModelForCausalLM.from_pretrained, then model.set_sparsity(0.37) or any other")
     if (folder / FACTS_FILE).is_file():
-        errors = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["errors"]
-        for level, (before, after) in errors.items():
+        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        for level, (before, after) in facts["errors"].items():
             name = "full width" if float(level) == FULL else f"{float(level):.0%}"
             say(f"{name}: mean relative error of the projections {before:.3f} -> {after:.3f}")
+        for level, trained in facts.get("norms", {}).items():
+            say(f"{float(level):.0%}: norms trained on {trained['tokens']:,} tokens, loss {trained['loss']:.3f}")

@@ -55,6 +55,7 @@ def elastic_table(trajectory: Trajectory, levels: Sequence[float], *, full_apart
         "multiples": {kind: n for kind, n in trajectory.config.multiples.items() if n > 1},
         "levels": {level: by_kind(numbers) for level, numbers in counts.items()},
         "full_apart": full_apart,
+        "norms": [],
     }
 
 
@@ -110,6 +111,39 @@ def make_elastic(
             getattr(module, elastic.FULL).copy_(apart.get(f"{name}.weight", module.weight))
     made.set_sparsity(0.0)
     return model
+
+
+@torch.no_grad()
+def set_norms(model: PreTrainedModel, weights: Mapping[float, Mapping[str, torch.Tensor]]) -> None:
+    """Gives widths of an elastic model norm weights of their own; those between two of them mix theirs.
+
+    Args:
+        model: loaded in full (`make_elastic`). Its sparsity stays as it is.
+        weights: sparsity -> parameter -> weight, for all norms of the model. The full width keeps its own if 0 is left
+            out.
+
+    Raises:
+        ValueError: if there is no sparsity above 0, or a norm is missing or of another shape.
+    """
+    made: Any = model
+    norms = {name: module for name, module in made.named_modules() if module in made._norms()}
+    before = made.sparsity
+    made.set_sparsity(0.0)
+    full = {f"{name}.weight": norm.weight.detach().clone() for name, norm in norms.items()}
+    weights = {0.0: full, **weights}
+    points = sorted(weights)
+    if len(points) < 2:
+        raise ValueError("weights has no sparsity above 0, so no level would have norms of its own")
+    for point in points:
+        made._counts_at(point)  # refuses one beyond the end of the order
+        for name, weight in full.items():
+            if name not in weights[point] or weights[point][name].shape != weight.shape:
+                raise ValueError(f"the norms at sparsity {point:g} have no {name} of shape {tuple(weight.shape)}")
+    made.config.elastic = {**made.config.elastic, "norms": points}
+    made._make_norms()
+    for name, norm in norms.items():
+        getattr(norm, elastic.NORMS).copy_(torch.stack([weights[point][f"{name}.weight"] for point in points]))
+    made.set_sparsity(before)
 
 
 def save_elastic(

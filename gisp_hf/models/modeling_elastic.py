@@ -13,6 +13,7 @@ that each block keeps at some sparsity. ``config.elastic`` holds, besides ``form
     multiples   kind -> the count of a layer is rounded up to a multiple of it; kinds without rounding are left out
     levels      sparsity, as text -> kind -> count of each layer
     full_apart  whether the file also holds the output projections of the unpruned model, for full width
+    norms       sparsities, ascending from 0, that have norm weights of their own; empty: all widths share theirs
 
 The buffer ``removal_order`` holds, block after block, the position of each structure in the removal order (-1: it is
 never removed), in the order of the unpruned model. It gives the counts between levels, and the original order.
@@ -20,6 +21,7 @@ never removed), in the order of the unpruned model. It gives the counts between 
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -44,6 +46,7 @@ from .modeling_gisp import (
 FORMAT = 1
 ORDER = "removal_order"
 FULL = "full_weight"  # buffer of an output projection: its weight in the unpruned model
+NORMS = "weight_of_levels"  # buffer of a norm: its weight at each sparsity of the table's ``norms``, (k, d)
 LAYERS = "model.layers"
 # kind -> modules of a layer whose rows (0) or columns (1) belong to its structures, the output projection last
 PROJECTIONS = {
@@ -69,6 +72,9 @@ class ElasticConfigMixin:
         table, layers = config.elastic, config.num_hidden_layers
         if table["format"] != FORMAT:
             raise ValueError(f"the elastic table has format {table['format']!r}, this file reads format {FORMAT}")
+        points = table["norms"]
+        if points and (points[0] != 0 or len(points) < 2 or points != sorted(set(points))):
+            raise ValueError(f"norms of the elastic table must ascend from 0, got {points}")
         for name, row in {"sizes": table["sizes"], "costs": table["costs"], **table["levels"]}.items():
             if list(row) != list(table["sizes"]) or not set(row) <= set(PROJECTIONS):
                 raise ValueError(f"{name} of the elastic table has kinds {', '.join(row)}")
@@ -164,8 +170,16 @@ class ElasticModelMixin:
         if table["full_apart"] and self._widest == self._full:
             for projection in self._output_projections():
                 projection.register_buffer(FULL, torch.empty_like(projection.weight.data))
+        self._make_norms()
         model.register_forward_pre_hook(_check_cache, with_kwargs=True)
         model.register_forward_hook(_mark_cache)
+
+    def _make_norms(self) -> None:
+        """Room for the norm weights of each sparsity in the table's ``norms``."""
+        points: Any = self.config.elastic["norms"]  # type: ignore[attr-defined]
+        for norm in self._norms() if points else ():
+            weight = norm.weight.data
+            norm.register_buffer(NORMS, weight.expand(len(points), *weight.shape).clone())
 
     # ---- width -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +189,9 @@ class ElasticModelMixin:
         return self._sparsity
 
     def set_sparsity(self, sparsity: float) -> Any:
-        """Narrows or widens the model, in place, by views: no weight is copied.
+        """Narrows or widens the model, in place, by views: no matrix is copied.
+
+        Between two sparsities that have norm weights of their own, these are mixed by their distance.
 
         Args:
             sparsity: from 0 (full width) to the end of the removal order. The fewest removals that reach it are made.
@@ -188,10 +204,11 @@ class ElasticModelMixin:
         """
         self._set_counts(self._counts_at(sparsity))
         self._sparsity = float(sparsity)
+        self._set_norms(self._sparsity)
         return self
 
     def at(self, sparsity: float) -> Any:
-        """An ordinary model of the level at ``sparsity``. Its weights are views of this model's: no copy.
+        """An ordinary model of the level at ``sparsity``. Its matrices are views of this model's: no copy.
 
         It can be the ``assistant_model`` of this one. At sparsity 0 it is of the unpruned class. Move this model to its
         device first: ``to`` copies weights, and the two share none from then on.
@@ -202,6 +219,7 @@ class ElasticModelMixin:
         counts, before = self._counts_at(sparsity), self._counts
         model: Any = self
         self._set_counts(counts)
+        self._set_norms(sparsity)
         try:
             with torch.device("meta"):
                 level = self._level_shell()
@@ -216,6 +234,7 @@ class ElasticModelMixin:
                     module._buffers[name] = source._buffers[name]
         finally:
             self._set_counts(before)
+            self._set_norms(self._sparsity)
         level.generation_config = copy.deepcopy(model.generation_config)
         level.name_or_path = model.name_or_path
         return level.train(model.training)
@@ -259,6 +278,24 @@ class ElasticModelMixin:
         self._counts = list(counts)
         model.config.per_layer_config = self._overrides(counts)
 
+    @torch.no_grad()
+    def _set_norms(self, sparsity: float) -> None:
+        """Takes the norm weights of this sparsity. They are copies: a model of `at` keeps its own."""
+        points: Any = self.config.elastic["norms"]  # type: ignore[attr-defined]
+        if not points:
+            return
+        right = min(max(bisect_left(points, sparsity), 1), len(points) - 1)
+        left = right - 1
+        share = (min(sparsity, points[-1]) - points[left]) / (points[right] - points[left])
+        for norm in self._norms():
+            of_levels = getattr(norm, NORMS)
+            # lerp gives its ends to the bit
+            norm.weight.data = torch.lerp(of_levels[left], of_levels[right], share)
+
+    def _norms(self) -> list[Any]:
+        model: Any = self
+        return [module for module in model.modules() if getattr(module._parameters.get("weight"), "ndim", 0) == 1]
+
     def _overrides(self, counts: Sequence[int]) -> dict[int | str, dict[str, int]] | None:
         """``per_layer_config`` of a model with these counts."""
         if self._uniform and counts == self._full:
@@ -288,11 +325,13 @@ class ElasticModelMixin:
             for name, parameter, _, _ in self._cut_parameters():
                 parameter.data = whole[name]
             self._whole = {}
+        self._set_norms(0.0 if self._widest == self._full else float(self.config.sparsity))  # type: ignore[attr-defined]
         try:
             yield
         finally:
             if whole:
                 self._set_counts(before)
+            self._set_norms(self._sparsity)
 
     def _apply(self, fn, recurse=True):
         with self._at_the_widest():  # `to` makes new storage, which all widths are to share again
@@ -367,6 +406,7 @@ class ElasticModelMixin:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if config.sparsity:
             model.name_or_path = str(source)
+            model._set_norms(config.sparsity)
             if cached_file(source, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub):
                 model.generation_config = GenerationConfig.from_pretrained(source, **hub)
         else:

@@ -1,5 +1,6 @@
 """``write_elastic``: the elastic checkpoint of a run, from its removal order and the files of the base model."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gisp_hf.data import Calibration
-from gisp_hf.levels.elastic import elastic_class, elastic_table, make_elastic, save_elastic
+from gisp_hf.levels.elastic import elastic_class, elastic_table, make_elastic, save_elastic, set_norms
 from gisp_hf.levels.files import CONFIG_FILE, GENERATION_FILE, Files, empty_model, read_model_config
 from gisp_hf.levels.materialize import load_tokenizer_of, load_trajectory, open_base_of
 from gisp_hf.levels.weights import stored_tensors
@@ -18,6 +19,7 @@ from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.batches import Batch
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.elastic import SharedFit, level_weights, shared_weights
+from gisp_hf.recovery.elastic_norms import default_arguments, train_norms
 from gisp_hf.recovery.layers import Layers, ModelWeights, shell_of
 from gisp_hf.recovery.restore import batches_for, draw
 from gisp_hf.untrusted import odd_contents
@@ -35,6 +37,7 @@ def write_elastic(
     weights: Mapping[float, float] | None = None,
     streams: Streams = "unpruned",
     full_apart: bool = False,
+    norms: bool = False,
     base_model: str | Path | None = None,
     base_revision: str | None = None,
     revision: str | None = None,
@@ -57,6 +60,8 @@ def write_elastic(
         weights: sparsity -> weight in the fit (`level_weights`).
         streams: as in `shared_weights`.
         full_apart: also keep the unpruned output projections, for full width.
+        norms: train the norms of every level on the calibration text, in one pass (`train_norms`). Any other text or
+            training: `train_norms` and `set_norms` on the model that this writes.
         base_model, base_revision, revision, token, endpoint: as in `gisp_hf.load_level`.
         progress: show a bar.
 
@@ -80,6 +85,8 @@ def write_elastic(
     wanted = config is not None or calibration is not None
     if full_apart and not wanted:
         raise ValueError("full_apart keeps the unpruned output projections beside shared ones; give calibration text")
+    if norms and not wanted:
+        raise ValueError("norms are trained on the calibration text; give one")
     base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
     model = _load_base(base)
     trajectory.check_base(model)
@@ -95,6 +102,9 @@ def write_elastic(
         facts |= {"base": asdict(trajectory.base), "calibration": calibration.provenance}
     shared = {fit.parameter: fit.weight for fit in fits}
     make_elastic(model, trajectory, levels=levels, weights=shared, full_apart=full_apart)
+    if norms:
+        assert calibration is not None and config is not None and facts is not None
+        facts["norms"] = give_norms(model, calibration, levels=levels, seed=config.seed)
     return save_elastic(model, output_dir, trajectory=trajectory, tokenizer=tokenizer, facts=facts)
 
 
@@ -115,6 +125,15 @@ def share(
         layers, trajectory, batches, weights=weights, config=config, streams=streams, progress=progress
     )
     return list(fits)
+
+
+def give_norms(model: PreTrainedModel, data: Calibration, *, levels: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Trains the norms of each level of an elastic model on text and puts them in; returns facts of the trainings."""
+    with tempfile.TemporaryDirectory(prefix="gisp-") as folder:
+        arguments = default_arguments(folder, data, seed=seed)
+        norms, facts = train_norms(model, data, arguments, widths=levels)
+    set_norms(model, norms)
+    return facts
 
 
 def record(

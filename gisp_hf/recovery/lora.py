@@ -1,7 +1,5 @@
 """Recovery: adapters or vectors are trained on a saved level, merged into its weights, and saved as a level again."""
 
-import copy
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,27 +9,23 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from gisp_hf.atomic import replace_folder, unique_beside
 from gisp_hf.data import Calibration
 from gisp_hf.levels.files import Files, empty_model, read_model_config
 from gisp_hf.levels.manifest import CHANGING_FILES, MANIFEST_FILE, check_manifest, write_manifest
 from gisp_hf.levels.weights import FileWeights, overwrite_tensors
-from gisp_hf.losses.distillation import Distillation, check_teacher
-from gisp_hf.losses.objectives import language_modeling_loss
+from gisp_hf.losses.distillation import check_teacher
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.fingerprint import fingerprint
 from gisp_hf.models.shards import model_fingerprint, plain_parameters
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.lora_record import TRAINED, Recovery, is_recovered
 from gisp_hf.recovery.record import is_restored
+from gisp_hf.recovery.training import check_data, train_on
 from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
 
-TRAINING_KEYS = (
-    *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("world_size", "seed"),
-)
 LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora")
 
 
@@ -86,11 +80,7 @@ def recover_level(
         raise ValueError(f"train must be one of {', '.join(TRAINED)}, got {train!r}")
     if lora is not None and train != "lora":
         raise ValueError(f"lora= has settings of adapters, and train={train!r} trains none; leave one of the two out")
-    if data.loss is not language_modeling_loss:
-        raise ValueError(
-            f"recovery trains on targets that are tokens, and these data are for {data.provenance.get('objective')}; "
-            "use load_calibration(..., objective='completion') or a text"
-        )
+    check_data(data)
     if lora is not None and lora.modules_to_save:
         raise ValueError(
             f"modules_to_save is {lora.modules_to_save}: whole modules, which this does not train; name them in "
@@ -110,36 +100,12 @@ def recover_level(
         _check_untied(adapted)
     else:
         attach_vectors(adapted, train)
-    arguments = copy.copy(arguments)
-    arguments.include_num_input_tokens_seen = "all"  # for the record
-    trainer = Trainer(
-        model=adapted,
-        args=arguments,
-        train_dataset=cast(Any, data.dataset),
-        data_collator=data.collator,
-        callbacks=list(callbacks),
-    )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError("adapters are merged from whole parameters; launch with DDP, without FSDP and DeepSpeed")
-    if teacher is None:
-        trainer.compute_loss_func = data.loss
-        found = trainer.train()
-    else:
-        with Distillation(adapted, cast(Any, teacher).to(arguments.device)) as loss:
-            trainer.compute_loss_func = loss
-            found = trainer.train()
-    if not math.isfinite(found.training_loss):
-        raise FloatingPointError(f"the training loss is {found.training_loss}; lower the learning rate or the rank")
+    trainer, trained = train_on(adapted, data, arguments, teacher=teacher, callbacks=callbacks)
     if trainer.is_world_process_zero():
         facts: dict[str, Any] = {
-            "objective": "language_modeling" if teacher is None else "distillation",
+            **trained,
             "train": train,
             "lora": _describe_lora(adapted),
-            "training": {key: getattr(arguments, key) for key in TRAINING_KEYS},
-            "steps": trainer.state.global_step,
-            "tokens": int(trainer.state.num_input_tokens_seen),
-            "seconds": found.metrics["train_runtime"],
-            "loss": found.training_loss,
             "teacher": {} if teacher is None else _describe(teacher),
             "data": data.provenance,
             "base": asdict(trajectory.base),

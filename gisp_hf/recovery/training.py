@@ -1,0 +1,82 @@
+"""Trains what was put on a model, adapters or vectors, with the Trainer."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+from peft import PeftModel
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from gisp_hf.data import Calibration
+from gisp_hf.losses.distillation import Distillation
+from gisp_hf.losses.objectives import language_modeling_loss
+
+TRAINING_KEYS = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "seed"),
+)
+
+
+def check_data(data: Calibration) -> None:
+    """Refuses data whose targets are not tokens.
+
+    Raises:
+        ValueError: then.
+    """
+    if data.loss is not language_modeling_loss:
+        raise ValueError(
+            f"recovery trains on targets that are tokens, and these data are for {data.provenance.get('objective')}; "
+            "use load_calibration(..., objective='completion') or a text"
+        )
+
+
+def train_on(
+    model: PreTrainedModel | PeftModel,
+    data: Calibration,
+    arguments: TrainingArguments,
+    *,
+    teacher: PreTrainedModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Trainer, dict[str, Any]]:
+    """Trains the parameters of a model that require a gradient.
+
+    Args:
+        teacher: the loss is the forward KL divergence from its logits; it is moved to the device of the training. None:
+            the loss of ``data``.
+
+    Returns:
+        the Trainer, and facts of the training for a record.
+
+    Raises:
+        ValueError: if FSDP or DeepSpeed shard the model.
+        FloatingPointError: if the loss is not finite.
+    """
+    arguments = copy.copy(arguments)
+    arguments.include_num_input_tokens_seen = "all"  # for the record
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=cast(Any, data.dataset),
+        data_collator=data.collator,
+        callbacks=list(callbacks),
+    )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError("adapters are merged from whole parameters; launch with DDP, without FSDP and DeepSpeed")
+    if teacher is None:
+        trainer.compute_loss_func = data.loss
+        found = trainer.train()
+    else:
+        with Distillation(model, cast(Any, teacher).to(arguments.device)) as loss:
+            trainer.compute_loss_func = loss
+            found = trainer.train()
+    if not math.isfinite(found.training_loss):
+        raise FloatingPointError(f"the training loss is {found.training_loss}; lower the learning rate or the rank")
+    return trainer, {
+        "objective": "language_modeling" if teacher is None else "distillation",
+        "training": {key: getattr(arguments, key) for key in TRAINING_KEYS},
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "seconds": found.metrics["train_runtime"],
+        "loss": found.training_loss,
+    }
