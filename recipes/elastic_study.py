@@ -2,7 +2,7 @@
 
     python -m recipes.elastic_study --run runs/restore_study/levels-mixture --base runs/restore_study/base
     python -m recipes.elastic_study --full-weight 1 --streams own --tokens 16512
-    python -m recipes.elastic_study --full-weight 100 --norms
+    python -m recipes.elastic_study --full-weight 100 --norms levels
     python -m recipes.elastic_study --report        # the table again, from the results that are there
 
 The run is that of ``recipes.restore_study`` (a third of each domain, 4,096 tokens in each of 12 steps, to 50 %); it is
@@ -33,7 +33,7 @@ from gisp_hf.recovery.elastic_file import give_norms, record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
 from recipes.demo_data import DOMAINS, held_out_tokens, load_domain, load_smollm2
-from recipes.restore_study import LEVELS, MIXTURE, TOKENS, Cell, draw, find_level, prepare
+from recipes.restore_study import LEVELS, MIXTURE, NORM_TOKENS, TOKENS, Cell, draw, find_level, prepare
 
 RESULTS = Path("recipes/results/elastic")
 WORK = Path("runs/restore_study")
@@ -42,7 +42,6 @@ WIDTHS = (FULL, *LEVELS, BETWEEN)
 WINDOW = 256
 DRAFT = 0.5
 SWITCHES = 20
-NORM_TOKENS = 65_536
 
 
 def measure(path: Path, key: str, value: Callable[[], Any]) -> Any:
@@ -117,7 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--full-weight", type=float, default=FULL_WEIGHT, metavar="W")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of calibration")
     parser.add_argument("--blend", type=float, default=0.5, metavar="FRACTION", help="of targets, for --streams own")
-    parser.add_argument("--norms", action="store_true", help="train the norms of each level")
+    parser.add_argument(
+        "--norms",
+        choices=("base", "levels", "all"),
+        default="base",
+        help="which are trained: none, those of the levels, those of the full width too",
+    )
     parser.add_argument("--norm-tokens", type=int, default=NORM_TOKENS, metavar="N", help="of their training, one pass")
     parser.add_argument("--widths", type=float, nargs="+", default=list(WIDTHS), metavar="FRACTION")
     parser.add_argument("--evaluation-tokens", type=int, default=4096, metavar="N", help="of each domain")
@@ -142,7 +146,7 @@ def run(options: argparse.Namespace) -> None:
     if options.streams != "none":
         name = f"{options.streams}-{options.tokens}-full{options.full_weight:g}"
         name += f"-blend{options.blend:g}" if options.streams == "own" else ""
-    name += f"-norms{options.norm_tokens}" if options.norms else ""
+    name += f"-norms_{options.norms}-{options.norm_tokens}" if options.norms != "base" else ""
     path = options.output_dir / f"{name}.json"
     settings = {"evaluation_tokens": options.evaluation_tokens, "dtype": str(options.dtype)}
     measure(path, "settings", lambda: {**settings, "ridge": RestoreConfig().middle_ridge})
@@ -158,9 +162,9 @@ def run(options: argparse.Namespace) -> None:
         measure(path, "fit", lambda: {"seconds": seconds, "errors": facts["errors"]})
         weights = {fit.parameter: fit.weight for fit in fits}
     elastic: Any = make_elastic(model, trajectory, levels=LEVELS, weights=weights)
-    if options.norms:
+    if options.norms != "base":
         blocks = draw(MIXTURE, tokenizer, tokens=options.norm_tokens, seed=0, work=options.work, block_size=WINDOW)
-        trained = give_norms(elastic, blocks, levels=LEVELS)
+        trained = give_norms(elastic, blocks, widths=(FULL, *LEVELS) if options.norms == "all" else LEVELS)
         measure(path, "norms", lambda: {level: _brief(facts) for level, facts in trained.items()})
     measure(path, "switch_ms", lambda: switch_times(elastic))
     for width in options.widths:

@@ -31,6 +31,8 @@ from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.restore import restore
+from gisp_hf.recovery.training import norm_arguments, train_on
+from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
 from gisp_hf.report import format_table
 from recipes.calibrated_run import prune
 from recipes.compare_results import geometric_mean
@@ -45,6 +47,7 @@ BLOCK = 128  # tokens; of pruning and of restoration
 WINDOW = 256  # of perplexity
 STEPS = GISPConfig(sparsity_levels=LEVELS, num_steps=12)  # of the same 4,096 tokens
 FRESH = GISPConfig(sparsity_levels=LEVELS, num_steps=80, score_momentum=0.8)  # of 1,024 other tokens each
+NORM_TOKENS = 65_536
 TOKENS = 16_512  # of restoration: ten times the inputs of the widest projection
 
 
@@ -60,6 +63,7 @@ class Cell:
     seed: int = 0
     pruned_on: str = MIXTURE
     fresh: bool = False  # pruned in 80 steps, each with other text (`FRESH`)
+    norms: int = 0  # tokens of ``data`` on which the norms are trained afterwards, in one pass
 
     @property
     def file(self) -> str:
@@ -71,6 +75,7 @@ class Cell:
             return f"{level_name(self.sparsity)}{pruned}-unrestored.json"
         ridge = "_".join(f"{value:g}" for value in self.ridge)
         own = f"{_short(self.data)}-{self.tokens}-blend{self.blend:g}-ridge{ridge}-seed{self.seed}"
+        own += f"-norms{self.norms}" if self.norms else ""
         return f"{level_name(self.sparsity)}{pruned}-{own}.json"
 
 
@@ -85,7 +90,9 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     found += [Cell(level, seed=seed) for seed in (1, 2) for level in levels]
     for level in levels:  # all that helps, on one domain and measured there
         plain = Cell(level, tokens=0, data="wikipedia", pruned_on="wikipedia", fresh=True)
-        found += [plain, replace(plain, tokens=65_664)]
+        restored = replace(plain, tokens=65_664)
+        found += [plain, restored, replace(restored, norms=NORM_TOKENS)]
+    found += [Cell(level, tokens=65_664, norms=NORM_TOKENS) for level in levels]
     found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
     found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1, 3e-1) for level in levels]
     return list({cell.file: cell for cell in found}.values())
@@ -171,10 +178,21 @@ def run_cell(cell: Cell, material: Material) -> dict[str, Any]:
         calibration = draw(cell.data, material.tokenizer, tokens=cell.tokens, seed=cell.seed, work=material.work)
         start = time.perf_counter()
         record = restore(model, material.work / "base", calibration, config, progress=False)
+        if cell.norms:
+            train_norms(model, cell, material)
         seconds = time.perf_counter() - start
         errors = [asdict(error) for error in record.errors]
     found = material.perplexities(model)
     return {"perplexity": found, "geometric_mean": geometric_mean(found), "seconds": seconds, "errors": errors}
+
+
+def train_norms(model: PreTrainedModel, cell: Cell, material: Material) -> None:
+    """On the text that the cell is restored on, longer windows of it."""
+    text = draw(cell.data, material.tokenizer, tokens=cell.norms, seed=cell.seed, work=material.work, block_size=WINDOW)
+    attach_vectors(model, "norms")
+    train_on(model, text, norm_arguments(str(material.work / "trainer"), text, seed=cell.seed))
+    fold_vectors(model)
+    model.eval()
 
 
 def table(folder: Path) -> str:
@@ -194,6 +212,7 @@ def table(folder: Path) -> str:
                 "tokens": "-" if plain else f"{cell.tokens:,}",
                 "blend": "-" if plain else f"{cell.blend:g}",
                 "ridge": "-" if plain else _span(cell.ridge),
+                "norms": f"{cell.norms:,}" if cell.norms else "-",
                 "seed": "-" if plain else str(cell.seed),
                 **found["result"]["perplexity"],
                 "mean": found["result"]["geometric_mean"],
@@ -201,7 +220,9 @@ def table(folder: Path) -> str:
                 "order": (cell.sparsity, found["result"]["geometric_mean"]),
             }
         )
-    columns = {name: name for name in ("level", "pruned on", "data", "tokens", "blend", "ridge", "seed", *DOMAINS)}
+    columns = {
+        name: name for name in ("level", "pruned on", "data", "tokens", "blend", "ridge", "norms", "seed", *DOMAINS)
+    }
     columns |= {"mean": "geometric mean", "seconds": "seconds"}
     formats = {**dict.fromkeys(DOMAINS, ",.2f"), "mean": ",.2f", "seconds": ",.0f"}
     return format_table(sorted(rows, key=lambda row: row["order"]), columns, formats=formats)

@@ -56,9 +56,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--norms",
-        action="store_true",
-        help="also train the norms of each level on the text, in one pass; the file holds them beside the shared "
-        "weights (default: all levels share the base model's norms)",
+        choices=("base", "levels", "all"),
+        default="base",
+        help="levels: also train the norms of each level on the text, in one pass; all: those of the full width too "
+        "(default: all levels have the base model's)",
     )
     parser.add_argument("--seed", type=int, metavar="N", default=DEFAULT.seed, help="of the drawing (default: 0)")
     add_base_options(parser)
@@ -88,4 +89,5 @@ def run(options: argparse.Namespace) -> None:
             name = "full width" if float(level) == FULL else f"{float(level):.0%}"
             say(f"{name}: mean relative error of the projections {before:.3f} -> {after:.3f}")
         for level, trained in facts.get("norms", {}).items():
-            say(f"{float(level):.0%}: norms trained on {trained['tokens']:,} tokens, loss {trained['loss']:.3f}")
+            name = "full width" if float(level) == FULL else f"{float(level):.0%}"
+            say(f"{name}: norms trained on {trained['tokens']:,} tokens, loss {trained['loss']:.3f}")

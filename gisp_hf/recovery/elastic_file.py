@@ -18,13 +18,15 @@ from gisp_hf.models.dtype import slow_factor
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.batches import Batch
 from gisp_hf.recovery.config import RestoreConfig
-from gisp_hf.recovery.elastic import SharedFit, level_weights, shared_weights
-from gisp_hf.recovery.elastic_norms import default_arguments, train_norms
+from gisp_hf.recovery.elastic import FULL, SharedFit, level_weights, shared_weights
+from gisp_hf.recovery.elastic_norms import train_norms
 from gisp_hf.recovery.layers import Layers, ModelWeights, shell_of
 from gisp_hf.recovery.restore import batches_for, draw
+from gisp_hf.recovery.training import norm_arguments
 from gisp_hf.untrusted import odd_contents
 
 Streams = Literal["own", "unpruned"]
+Norms = Literal["base", "levels", "all"]
 
 
 def write_elastic(
@@ -37,7 +39,7 @@ def write_elastic(
     weights: Mapping[float, float] | None = None,
     streams: Streams = "unpruned",
     full_apart: bool = False,
-    norms: bool = False,
+    norms: Norms = "base",
     base_model: str | Path | None = None,
     base_revision: str | None = None,
     revision: str | None = None,
@@ -60,8 +62,9 @@ def write_elastic(
         weights: sparsity -> weight in the fit (`level_weights`).
         streams: as in `shared_weights`.
         full_apart: also keep the unpruned output projections, for full width.
-        norms: train the norms of every level on the calibration text, in one pass (`train_norms`). Any other text or
-            training: `train_norms` and `set_norms` on the model that this writes.
+        norms: "base": all levels have those of the unpruned model; "levels": those of each level are trained on the
+            calibration text, in one pass (`train_norms`); "all": those of the full width too, which is not the unpruned
+            model then. Other text or another training: `train_norms` and `set_norms` on a model of this file.
         base_model, base_revision, revision, token, endpoint: as in `gisp_hf.load_level`.
         progress: show a bar.
 
@@ -85,7 +88,7 @@ def write_elastic(
     wanted = config is not None or calibration is not None
     if full_apart and not wanted:
         raise ValueError("full_apart keeps the unpruned output projections beside shared ones; give calibration text")
-    if norms and not wanted:
+    if norms != "base" and not wanted:
         raise ValueError("norms are trained on the calibration text; give one")
     base = open_base_of(trajectory, base_model, base_revision, token=token, endpoint=endpoint)
     model = _load_base(base)
@@ -102,9 +105,10 @@ def write_elastic(
         facts |= {"base": asdict(trajectory.base), "calibration": calibration.provenance}
     shared = {fit.parameter: fit.weight for fit in fits}
     make_elastic(model, trajectory, levels=levels, weights=shared, full_apart=full_apart)
-    if norms:
+    if norms != "base":
         assert calibration is not None and config is not None and facts is not None
-        facts["norms"] = give_norms(model, calibration, levels=levels, seed=config.seed)
+        widths = (FULL, *levels) if norms == "all" else levels
+        facts["norms"] = give_norms(model, calibration, widths=widths, seed=config.seed)
     return save_elastic(model, output_dir, trajectory=trajectory, tokenizer=tokenizer, facts=facts)
 
 
@@ -127,11 +131,11 @@ def share(
     return list(fits)
 
 
-def give_norms(model: PreTrainedModel, data: Calibration, *, levels: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Trains the norms of each level of an elastic model on text and puts them in; returns facts of the trainings."""
+def give_norms(model: PreTrainedModel, data: Calibration, *, widths: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """Trains the norms of an elastic model at some widths on text and puts them in; returns facts of the trainings."""
     with tempfile.TemporaryDirectory(prefix="gisp-") as folder:
-        arguments = default_arguments(folder, data, seed=seed)
-        norms, facts = train_norms(model, data, arguments, widths=levels)
+        arguments = norm_arguments(folder, data, seed=seed)
+        norms, facts = train_norms(model, data, arguments, widths=widths)
     set_norms(model, norms)
     return facts
 

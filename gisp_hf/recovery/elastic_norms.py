@@ -15,29 +15,6 @@ from gisp_hf.models.modeling_elastic import ElasticModelMixin
 from gisp_hf.recovery.training import check_data, train_on
 from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
 
-LEARNING_RATE = 5e-3
-BATCH_TOKENS = 2048
-
-
-def default_arguments(output_dir: str, data: Calibration, *, seed: int = 0) -> TrainingArguments:
-    """One pass over the text, in steps of about 2,048 tokens, with a learning rate that falls to zero.
-
-    Args:
-        output_dir: where the Trainer would keep checkpoints; none are written.
-    """
-    longest = max(len(ids) for ids in data.dataset["input_ids"])
-    return TrainingArguments(
-        output_dir=output_dir,
-        num_train_epochs=1,
-        per_device_train_batch_size=max(1, BATCH_TOKENS // longest),
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="linear",
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=10,
-    )
-
 
 def train_norms(
     model: PreTrainedModel,

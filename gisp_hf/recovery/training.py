@@ -16,6 +16,8 @@ TRAINING_KEYS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "seed"),
 )
+NORM_LEARNING_RATE = 5e-3  # ten times that of adapters: few numbers, all of them near their place
+NORM_BATCH_TOKENS = 2048
 
 
 def check_data(data: Calibration) -> None:
@@ -29,6 +31,26 @@ def check_data(data: Calibration) -> None:
             f"recovery trains on targets that are tokens, and these data are for {data.provenance.get('objective')}; "
             "use load_calibration(..., objective='completion') or a text"
         )
+
+
+def norm_arguments(output_dir: str, data: Calibration, *, seed: int = 0) -> TrainingArguments:
+    """Settings for norms: one pass over the text, about 2,048 tokens a step, a learning rate that falls to zero.
+
+    Args:
+        output_dir: where the Trainer would keep checkpoints; none are written.
+    """
+    longest = max(len(data.dataset[number]["input_ids"]) for number in range(len(data.dataset)))
+    return TrainingArguments(
+        output_dir=output_dir,
+        num_train_epochs=1,
+        per_device_train_batch_size=max(1, NORM_BATCH_TOKENS // longest),
+        learning_rate=NORM_LEARNING_RATE,
+        lr_scheduler_type="linear",
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+    )
 
 
 def train_on(
