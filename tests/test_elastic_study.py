@@ -39,8 +39,13 @@ def test_numbers_are_those_of_the_models(tmp_path: Path, monkeypatch, capsys) ->
     command += ["--widths", "0", "0.4", "--new-tokens", "4"]
     for streams in ("none", "unpruned", "own"):
         elastic_study.main([*command, "--streams", streams])
+    elastic_study.main([*command, "--norms", "levels", "--norm-tokens", "1024"])
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
+    normed = files.pop("unpruned-192-full12-norms_levels-1024")
     assert files.keys() == {"unrestored", "unpruned-192-full12", "own-192-full12-blend0.5"}
+    assert list(normed["norms"]) == ["0.2", "0.3", "0.4", "0.5"] and normed["norms"]["0.5"]["tokens"] == 1024
+    assert normed["0 news"] == files["unpruned-192-full12"]["0 news"]  # the full width keeps its norms
+    assert normed["0.4 news"] != files["unpruned-192-full12"]["0.4 news"]
     ids = held_out_tokens(load_domain("news").held_out, tiny_tokenizer(), count=256)
     assert files["unrestored"]["0 news"] == pytest.approx(perplexity(tiny_model(), ids, window=64))
     for facts in files.values():
