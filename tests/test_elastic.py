@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 from gisp_hf import Trajectory, load_level
 from gisp_hf.cli.main import main
 from gisp_hf.config import level_name
-from gisp_hf.levels.elastic import elastic_class, make_elastic, save_elastic
+from gisp_hf.levels.elastic import elastic_class, make_elastic, save_elastic, set_norms
 from gisp_hf.models import modeling_elastic
 from gisp_hf.models.families import FAMILIES as ROWS
 from gisp_hf.models.families import SEPARATE
@@ -446,6 +446,8 @@ def test_remote_code_alone_is_enough(tmp_path: Path) -> None:
     folders, expected = [], []
     for family in FAMILIES:
         model, trajectory = elastic_of(family)
+        norms = {name: p + 0.1 for name, p in model.named_parameters() if p.ndim == 1 and name.endswith(".weight")}
+        set_norms(model, {0.5: norms})
         folders.append(str(save_elastic(model, tmp_path / f"elastic-{family}", trajectory=trajectory)))
         expected.append(logits(model.set_sparsity(0.4)))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
