@@ -126,8 +126,7 @@ def set_norms(model: PreTrainedModel, weights: Mapping[float, Mapping[str, torch
         ValueError: if there is no sparsity above 0, or a norm is missing or of another shape.
     """
     made: Any = model
-    norms = {name: module for name, module in made.named_modules() if module in made._norms()}
-    before = made.sparsity
+    norms, before = made._norms(), made.sparsity
     made.set_sparsity(0.0)
     full = {f"{name}.weight": norm.weight.detach().clone() for name, norm in norms.items()}
     weights = {0.0: full, **weights}

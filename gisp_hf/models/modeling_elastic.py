@@ -111,7 +111,7 @@ class ElasticModelMixin:
     def _make_norms(self) -> None:
         """Room for the norm weights of each sparsity in the table's ``norms``."""
         points: Any = self.config.elastic["norms"]  # type: ignore[attr-defined]
-        for norm in self._norms() if points else ():
+        for norm in self._norms().values() if points else ():
             weight = norm.weight.data
             norm.register_buffer(NORMS, weight.expand(len(points), *weight.shape).clone())
 
@@ -221,14 +221,16 @@ class ElasticModelMixin:
         right = min(max(bisect_left(points, sparsity), 1), len(points) - 1)
         left = right - 1
         share = (min(sparsity, points[-1]) - points[left]) / (points[right] - points[left])
-        for norm in self._norms():
+        for norm in self._norms().values():
             of_levels = getattr(norm, NORMS)
             # lerp gives its ends to the bit
             norm.weight.data = torch.lerp(of_levels[left], of_levels[right], share)
 
-    def _norms(self) -> list[Any]:
+    def _norms(self) -> dict[str, Any]:
+        """Name -> module of every norm."""
         model: Any = self
-        return [module for module in model.modules() if getattr(module._parameters.get("weight"), "ndim", 0) == 1]
+        modules = model.named_modules()
+        return {name: own for name, own in modules if getattr(own._parameters.get("weight"), "ndim", 0) == 1}
 
     def _overrides(self, counts: Sequence[int]) -> dict[int | str, dict[str, int]] | None:
         """``per_layer_config`` of a model with these counts."""
