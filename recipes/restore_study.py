@@ -31,8 +31,7 @@ from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
 from gisp_hf.recovery.restore import restore
-from gisp_hf.recovery.training import norm_arguments, train_on
-from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
+from gisp_hf.recovery.training import norm_arguments, train_norms_of
 from gisp_hf.report import format_table
 from recipes.calibrated_run import prune
 from recipes.compare_results import geometric_mean
@@ -189,9 +188,7 @@ def run_cell(cell: Cell, material: Material) -> dict[str, Any]:
 def train_norms(model: PreTrainedModel, cell: Cell, material: Material) -> None:
     """On the text that the cell is restored on, longer windows of it."""
     text = draw(cell.data, material.tokenizer, tokens=cell.norms, seed=cell.seed, work=material.work, block_size=WINDOW)
-    attach_vectors(model, "norms")
-    train_on(model, text, norm_arguments(str(material.work / "trainer"), text, seed=cell.seed))
-    fold_vectors(model)
+    train_norms_of(model, text, norm_arguments(str(material.work / "trainer"), text, seed=cell.seed))
     model.eval()
 
 

@@ -86,8 +86,10 @@ def run(options: argparse.Namespace) -> None:
     if (folder / FACTS_FILE).is_file():
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         for level, (before, after) in facts["errors"].items():
-            name = "full width" if float(level) == FULL else f"{float(level):.0%}"
-            say(f"{name}: mean relative error of the projections {before:.3f} -> {after:.3f}")
+            say(f"{_name(level)}: mean relative error of the projections {before:.3f} -> {after:.3f}")
         for level, trained in facts.get("norms", {}).items():
-            name = "full width" if float(level) == FULL else f"{float(level):.0%}"
-            say(f"{name}: norms trained on {trained['tokens']:,} tokens, loss {trained['loss']:.3f}")
+            say(f"{_name(level)}: norms trained on {trained['tokens']:,} tokens, loss {trained['loss']:.3f}")
+
+
+def _name(level: str) -> str:
+    return "full width" if float(level) == FULL else f"{float(level):.0%}"

@@ -126,9 +126,8 @@ def set_norms(model: PreTrainedModel, weights: Mapping[float, Mapping[str, torch
         ValueError: if there is no sparsity above 0, or a norm is missing or of another shape.
     """
     made: Any = model
-    norms, before = made._norms(), made.sparsity
-    made.set_sparsity(0.0)
-    full = {f"{name}.weight": norm.weight.detach().clone() for name, norm in norms.items()}
+    norms, before, at_full = made._norms(), made.sparsity, made.at(0.0)  # refused if it was not loaded in full
+    full = {f"{name}.weight": at_full.get_parameter(f"{name}.weight").detach().clone() for name in norms}
     weights = {0.0: full, **weights}
     points = sorted(weights)
     if len(points) < 2:

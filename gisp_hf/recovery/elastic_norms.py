@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, se
 from gisp_hf.data import Calibration
 from gisp_hf.models.dtype import slow_factor
 from gisp_hf.models.modeling_elastic import ElasticModelMixin
-from gisp_hf.recovery.training import check_data, train_on
-from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
+from gisp_hf.recovery.training import check_data, train_norms_of
 
 
 def train_norms(
@@ -59,18 +58,9 @@ def train_norms(
         if slow:
             level = level.float()
         set_seed(arguments.seed)
-        attach_vectors(level, "norms")
-        _, facts[f"{width:g}"] = train_on(level, data, arguments, teacher=teacher, callbacks=callbacks)
-        fold_vectors(level)
-        norms[width] = _norms(level, model.dtype)
+        facts[f"{width:g}"] = train_norms_of(level, data, arguments, teacher=teacher, callbacks=callbacks)
+        names = [f"{name}.weight" for name in model._norms()]
+        norms[width] = {name: level.get_parameter(name).detach().to("cpu", model.dtype) for name in names}
         if not all(bool(weight.isfinite().all()) for weight in norms[width].values()):
             raise FloatingPointError(f"norms at sparsity {width:g} are not finite; lower the learning rate")
     return norms, facts
-
-
-def _norms(level: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {
-        name: parameter.detach().to("cpu", dtype)
-        for name, parameter in level.named_parameters()
-        if parameter.ndim == 1 and name.endswith(".weight")
-    }

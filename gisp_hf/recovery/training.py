@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from gisp_hf.data import Calibration
 from gisp_hf.losses.distillation import Distillation
 from gisp_hf.losses.objectives import language_modeling_loss
+from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
 
 TRAINING_KEYS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -102,3 +103,18 @@ def train_on(
         "seconds": found.metrics["train_runtime"],
         "loss": found.training_loss,
     }
+
+
+def train_norms_of(
+    model: PreTrainedModel,
+    data: Calibration,
+    arguments: TrainingArguments,
+    *,
+    teacher: PreTrainedModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Trains the norms of a model in memory, in place, and returns the facts; arguments and errors of `train_on`."""
+    attach_vectors(model, "norms")
+    _, facts = train_on(model, data, arguments, teacher=teacher, callbacks=callbacks)
+    fold_vectors(model)
+    return facts
