@@ -145,8 +145,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         train_norms(model, margins, arguments_for(tmp_path), widths=(0.2,))
     with pytest.raises(FloatingPointError, match="not finite"):
         train_norms(model, text, arguments_for(tmp_path, learning_rate=1e38, max_steps=3), widths=(0.2,))
+    model.set_sparsity(0.2)
     with pytest.raises(ValueError, match="no sparsity above 0"):
         set_norms(model, {0.0: shifted(model, 0.1)})
     with pytest.raises(ValueError, match=r"norms at sparsity 0.2 have no model.norm.weight of shape \(\d+,\)"):
         set_norms(model, {0.2: {**shifted(model, 0.1), "model.norm.weight": torch.ones(3)}})
-    assert model.config.elastic["norms"] == []
+    assert model.config.elastic["norms"] == [] and model.sparsity == 0.2
