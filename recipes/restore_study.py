@@ -94,6 +94,8 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     found += [Cell(level, tokens=65_664, norms=NORM_TOKENS) for level in levels]
     found += [Cell(level, blend=blend) for blend in (0.75, 0.25) for level in levels]
     found += [Cell(level, ridge=(ridge,)) for ridge in (1e-3, 1e-1, 3e-1) for level in levels]
+    for level in levels:  # the mixture has too little text for so many tokens
+        found.append(Cell(level, tokens=262_144, data="wikipedia", pruned_on="wikipedia", fresh=True))
     return list({cell.file: cell for cell in found}.values())
 
 
