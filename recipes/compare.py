@@ -228,7 +228,7 @@ def finite(value: float) -> float | None:
 def load_model(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """``smollm2``, or a folder or Hub id, with its tokenizer."""
     if name == "smollm2":
-        return load_smollm2(dtype)
+        return load_smollm2(dtype, cache=WORK)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # blocks are full: nothing is ever padded

@@ -59,8 +59,8 @@ class Comparison:
     """Models x methods x calibration sets x seeds, and what all of them have in common: the keys of the YAML file.
 
     ``leading`` names the methods that run with all seeds, on the first calibration set; every other cell has the first
-    seed. None: all cells have all seeds. ``variants`` gives names to methods with other settings (`Variant`), for use
-    in ``methods`` and ``leading``.
+    seed. None: all cells have all seeds. ``once`` names those that run on the first calibration set alone. ``variants``
+    gives names to methods with other settings (`Variant`), for use in ``methods``, ``leading`` and ``once``.
 
     Raises:
         ValueError: if a value cannot be used.
@@ -82,6 +82,7 @@ class Comparison:
     fresh: bool
     dtype: str
     restore: int = 0
+    once: tuple[str, ...] = ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class Comparison:
             raise ValueError(f"restore must be a number of tokens, or 0 for none, got {self.restore!r}")
         if type(self.fresh) is not bool:
             raise ValueError(f"fresh must be true or false, got {self.fresh!r}")
-        for name in (*self.methods, *(self.leading or ())):
+        for name in (*self.methods, *(self.leading or ()), *self.once):
             self.variant(name)
         for seed in self.seeds:
             if type(seed) is not int or seed < 0:
@@ -125,14 +126,14 @@ class Comparison:
             for seed in self.seeds
             for calibration in self.calibrations
             for method in self.methods
-            if self.reads_data(method) and self._has_seed(method, calibration, seed)
+            if self.reads_data(method) and self._runs_on(method, calibration, seed)
         ]
 
-    def _has_seed(self, method: str, calibration: str, seed: int) -> bool:
-        first = seed == self.seeds[0]
-        return (
-            first or self.leading is None or (method in self.leading and calibration == next(iter(self.calibrations)))
-        )
+    def _runs_on(self, method: str, calibration: str, seed: int) -> bool:
+        first_set = calibration == next(iter(self.calibrations))
+        if method in self.once and not first_set:
+            return False
+        return seed == self.seeds[0] or self.leading is None or (method in self.leading and first_set)
 
     def variant(self, name: str) -> "Variant":
         """The settings of a cell's method.
@@ -197,13 +198,14 @@ def read_config(path: Path, *, fast: bool = False, changes: Mapping[str, Any] | 
     values |= (faster if fast else {}) | {key: value for key, value in (changes or {}).items() if value is not None}
     for module in values.pop("imports", None) or []:
         importlib.import_module(module)
-    values = {"variants": {}, "restore": 0, **values}
+    values = {"variants": {}, "restore": 0, "once": [], **values}
     names = {entry.name for entry in fields(Comparison)}
     if set(values) != names:
         missing, unknown = sorted(names - set(values)), sorted(set(values) - names)
         raise ValueError(f"{path}: missing {missing}, unknown {unknown}; the keys are {sorted(names)}")
     values["methods"] = values["methods"] or [*METHODS, *values["variants"]]
-    for key in ("models", "methods", "seeds", "levels", *(["leading"] if values["leading"] is not None else [])):
+    lists = ["models", "methods", "seeds", "levels", "once", *(["leading"] if values["leading"] is not None else [])]
+    for key in lists:
         if not isinstance(values[key], list):
             raise ValueError(f"{path}: {key} must be a list, got {values[key]!r}; write [{values[key]}]")
     if not isinstance(values["variants"], dict) or not all(isinstance(v, dict) for v in values["variants"].values()):

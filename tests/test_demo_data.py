@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes import demo_data
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def test_articles_are_split_whole_and_none_is_shared():
@@ -162,6 +162,34 @@ def test_the_model_has_the_documented_shape(smollm2) -> None:
 def test_the_model_is_not_quantized_any_more(smollm2) -> None:
     model, _ = smollm2
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
+
+
+@pytest.mark.slow
+def test_a_kept_copy_is_the_same_model(smollm2, articles, tmp_path, monkeypatch) -> None:
+    first = demo_data.load_smollm2(torch.float32, cache=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["smollm2-0.1.2-float32"]
+    monkeypatch.setattr(demo_data, "GGUF_FILE", "not read any more")
+    second = demo_data.load_smollm2(torch.float32, cache=tmp_path)
+    for model, tokenizer in (first, second):
+        state = model.state_dict()
+        assert all(torch.equal(weight, state[name]) for name, weight in smollm2[0].state_dict().items())
+        assert model.name_or_path == tokenizer.name_or_path == demo_data.MODEL_NAME
+        assert model.config.to_diff_dict() == {
+            **smollm2[0].config.to_diff_dict(),
+            "architectures": ["LlamaForCausalLM"],
+        }
+        assert model.generation_config.to_dict() == smollm2[0].generation_config.to_dict()
+        assert tokenizer(articles[0]).input_ids == smollm2[1](articles[0]).input_ids
+        assert tokenizer.special_tokens_map == smollm2[1].special_tokens_map
+
+
+def test_of_two_copies_made_at_once_the_first_stays(tmp_path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    demo_data._keep(model, tokenizer, tmp_path / "kept")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()}
+    demo_data._keep(model, tokenizer, tmp_path / "kept")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "kept").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 @pytest.mark.slow
