@@ -3,7 +3,8 @@
     python -m recipes.recover                                # all ways, levels 0.2 to 0.5, ten minutes of training each
     python -m recipes.recover --levels 0.3 --minutes 2
     python -m recipes.recover --prepare                      # prunes and restores, and trains nothing
-    accelerate launch --num_processes 2 -m recipes.recover   # trains on two processes, after --prepare
+    accelerate launch --num_processes 2 -m recipes.recover   # trains on two GPUs, after --prepare
+    accelerate launch --config_file recipes/accelerate/cpu.yaml -m recipes.recover   # on two processes of a CPU
     python -m recipes.recover --report                       # the table again, from the results that are there
 
 The ways: the level as it is; restored in closed form; LoRA by language modelling; LoRA by distillation from the
@@ -86,6 +87,11 @@ def cells(levels: Sequence[float]) -> list[Cell]:
     return [Cell(level, restored, training) for level in levels for restored, training in ways]
 
 
+def launch() -> PartialState:
+    """The processes of this run. Accelerate connects those of a CPU only if it is told that they are."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def find_level(cell: Cell, material: Material) -> tuple[Path, float]:
     """The folder of a level before training, and the seconds of its restoration; makes both if they are not there.
 
@@ -95,7 +101,7 @@ def find_level(cell: Cell, material: Material) -> tuple[Path, float]:
     folder = material.work / ("restored" if cell.restored else "levels-mixture") / level_name(cell.sparsity)
     note = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir() or (cell.restored and not note.is_file()):
-        if PartialState().num_processes > 1:
+        if launch().num_processes > 1:
             raise SystemExit(f"{folder} is not there yet: run python -m recipes.recover --prepare in one process first")
         plain = restore_study.find_level(restore_study.Cell(cell.sparsity), material)
         if cell.restored:
@@ -129,6 +135,7 @@ def train(cell: Cell, level: Path, material: Material, settings: Settings, teach
     )
     arguments = TrainingArguments(
         output_dir=str(material.work / "trainer"),
+        use_cpu=not torch.accelerator.is_available(),
         max_steps=1_000_000,  # the time ends it
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -162,7 +169,7 @@ def run_cell(cell: Cell, material: Material, settings: Settings, teacher: Path) 
         folder = train(cell, folder, material, settings, teacher)
         record = Recovery.load(folder)
         facts |= {"training_seconds": record.seconds, "steps": record.steps, "tokens": record.tokens}
-    if not PartialState().is_main_process:
+    if not launch().is_main_process:
         return None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=material.dtype)
     model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
@@ -225,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     paths = {cell: options.output_dir / f"{cell.name}.json" for cell in cells(options.levels)}
     waiting = [cell for cell, path in paths.items() if options.only in cell.name and not path.is_file()]
     if waiting and not options.report:
-        state = PartialState()
+        state = launch()
         dtype = fast_dtype()
         with state.main_process_first():  # writes the base model
             material = restore_study.prepare(options.work, evaluation_tokens=options.evaluation_tokens, dtype=dtype)
@@ -241,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_text_atomic(paths[cell], text)
                 print(f"{cell.name}: {result['geometric_mean']:.2f} {result['perplexity']}", flush=True)
             state.wait_for_everyone()
-    if PartialState().is_main_process:
+    if launch().is_main_process:
         text = table(options.output_dir)
         write_text_atomic(options.output_dir / "results.md", text + "\n")
         print(text)

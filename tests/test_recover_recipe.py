@@ -1,6 +1,9 @@
 """The comparison of ways to recover a level, on a tiny model and words."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from gisp_hf.recovery.lora_record import Recovery
 from recipes import recover
 from recipes.demo_data import held_out_tokens
 from tests.tiny_domains import domain, use_tiny_domains
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
@@ -44,3 +49,23 @@ def test_cells_run_once_and_give_a_table(tmp_path: Path, monkeypatch, capsys) ->
     record = Recovery.load(folder / level.name)
     assert record.train == "scales" and record.training["learning_rate"] == 5e-3
     assert "restored, scales" in (tmp_path / "out" / "results.md").read_text()
+
+
+@pytest.mark.slow
+def test_processes_of_a_cpu_train_together(tmp_path: Path, monkeypatch) -> None:
+    use_tiny_domains(monkeypatch)
+    options = ["--levels", "0.3", "--work", str(tmp_path / "work"), "--output-dir", str(tmp_path / "out"), "--tokens"]
+    options += ["8192", "--evaluation-tokens", "512", "--minutes", "0.05", "--only", "0.30-lora"]
+    recover.main([*options, "--prepare"])
+    monkeypatch.undo()
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    command += ["--config_file", str(ROOT / "recipes" / "accelerate" / "cpu.yaml"), "--main_process_port", "0"]
+    command += ["--module", "tests.tiny_recover", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "sparsity-0.30-lora.json").read_text())
+    assert found["processes"] == 2
+    assert found["result"]["tokens"] == found["result"]["steps"] * 2 * 2048  # of both
+    (level,) = read_levels(next((tmp_path / "work").glob("recovered-*")))
+    assert level.recovered
