@@ -41,7 +41,7 @@ from gisp_hf.models import discover
 from gisp_hf.models.surgery import zero_structures
 from gisp_hf.pruning import engine
 from gisp_hf.pruning.normalization import normalizer
-from gisp_hf.pruning.selection import minimum_kept, parameter_budget, select
+from gisp_hf.pruning.selection import minimum_kept, parameter_budget, removed_masks, select
 from gisp_hf.report import format_table
 from gisp_hf.training import identity
 
@@ -113,12 +113,12 @@ def prune_masked(model: PreTrainedModel, data: list[dict[str, Any]], *, config: 
                 total += share_out(entries, member, block.size)
             scores.append(total / normalizer(block, config.normalization) if block.size > low else None)
         budget = parameter_budget(layout, config.sparsity_levels[-1] * step / config.num_steps)
-        for number, index in select(layout, scores, order, minimum=minimum, budget=budget):
+        for number, index in select(layout, scores, order, minimum=minimum, budget=budget, multiples=config.multiples):
             order[number][index] = length
             length += 1
-        for block, positions in zip(layout.blocks, order):
-            if (positions >= 0).any():
-                zero_structures(model, block, (positions >= 0).nonzero().squeeze(1))
+        for block, gone in zip(layout.blocks, removed_masks(layout, order, length=length, multiples=config.multiples)):
+            if gone.any():
+                zero_structures(model, block, gone.nonzero().squeeze(1))
         seconds.append(time.perf_counter() - start)
     return order, seconds
 
@@ -202,7 +202,12 @@ def child(side: str, options: argparse.Namespace) -> None:
     model, data = load(
         options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
     )
-    config = GISPConfig(num_steps=options.steps, sparsity_levels=(options.sparsity,), method=SIDES[side])
+    config = GISPConfig(
+        num_steps=options.steps,
+        sparsity_levels=(options.sparsity,),
+        method=SIDES[side],
+        channel_multiple=options.channel_multiple,
+    )
     parts: dict[str, float] = {}
     if side == "masked":
         order, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
@@ -247,6 +252,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     summary = {
         "steps": options.steps,
         "repeats": options.repeats,
+        "channel_multiple": options.channel_multiple,
         **_ratios(ours, masked),
         "removed": len(gone[0]),
         "removed_differently": len(gone[0] ^ gone[1]) // 2,
@@ -317,6 +323,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="blocks in a forward pass")
     parser.add_argument(
         "--chunk-tokens", type=int, default=256, help="of the loss in (b) and (c); 0 for the model's own"
+    )
+    parser.add_argument(
+        "--channel-multiple", type=int, default=1, metavar="N", help="of the channels that layers have, in every step"
     )
     parser.add_argument("--repeats", type=int, default=1, help="the sides take turns, and each keeps its fastest run")
     parser.add_argument("--output", type=Path, help="write the summary there as JSON")

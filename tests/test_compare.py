@@ -269,7 +269,7 @@ def test_the_default_settings_are_those_that_the_page_describes() -> None:
     assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
     data = [name for name in full.methods if full.reads_data(name)]
     assert full.leading is not None and set(full.leading) < set(data)
-    assert full.once == ("gisp-uniform", "flap-compensated", "wanda-sp-owl", "second-order-tyr")
+    assert full.once == ("gisp-uniform", "flap-compensated", "wanda-sp-owl", "second-order-tyr", "gisp-restored")
     with_data = 2 * len(data) - len(full.once) + 2 * len(full.leading)
     assert len(full.cells()) == 1 + (len(full.methods) - len(data)) + with_data
 
