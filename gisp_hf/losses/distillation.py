@@ -6,7 +6,7 @@ temperature 1; used after pruning by Minitron, arXiv 2407.14679), averaged over 
 """
 
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def forward_kl(
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / count
 
 
-class Distillation:
+class Distillation(AbstractContextManager["Distillation"]):
     """A loss for ``Trainer(compute_loss_func=...)`` that compares the student with a teacher, on the same batch.
 
     ::
@@ -95,12 +95,7 @@ class Distillation:
             found = self.teacher(**{name: value.to(device) for name, value in inputs.items()}, use_cache=False)
         return forward_kl(outputs, found, labels, num_items_in_batch)
 
-    def __enter__(self) -> "Distillation":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def detach(self) -> None:
