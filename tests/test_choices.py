@@ -7,7 +7,7 @@ import torch
 
 from gisp_hf.evaluation import multiple_choice_accuracy
 from gisp_hf.evaluation.choices import continuation_log_likelihoods
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
 
 PAIRS = [("w5 w6 w7", " w8"), ("w9", " w10 w11 w12 w13"), ("w20 w21 w22 w23 w24", " w30 w31"), ("w5", " w5 w5 w5")]
 
@@ -35,33 +35,6 @@ def test_log_likelihood_is_the_sum_over_the_continuation(family: str) -> None:
     with torch.no_grad():
         wanted = [by_hand(model, ids(prompt), ids(text)) for prompt, text in PAIRS]
     torch.testing.assert_close(scores, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-
-
-def shared_prompts() -> list[tuple[str, str]]:
-    """Questions of several lengths with one to three choices, which do not stand beside each other."""
-    long = " ".join(f"w{number}" for number in range(5, 30))  # than the sliding windows of the tiny models
-    prompts = [long, "w20", "w30 w31 w32", "w5 w6 w7"]
-    choices = [" w8", " w10 w11 w12 w13", " w5 w5"]
-    pairs = [(prompt, choice) for choice in choices for prompt in prompts[: 4 - choices.index(choice)]]
-    return [*pairs, (f"{long} ", "w9")]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("batch_size", [2, 3, 16])
-def test_a_prompt_that_is_read_once_counts_for_each_continuation(family: str, batch_size: int) -> None:
-    model, pairs = tiny_model(family), shared_prompts()
-    scores = continuation_log_likelihoods(model, tiny_tokenizer(), pairs, batch_size=batch_size)
-    with torch.no_grad():
-        wanted = [by_hand(model, ids(prompt), ids(text)) for prompt, text in pairs]
-    torch.testing.assert_close(scores, torch.tensor(wanted, dtype=torch.float64), rtol=1e-5, atol=1e-5)
-
-
-def test_the_choices_of_a_question_read_its_prompt_once() -> None:
-    model, read = tiny_model(), []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: read.append(args[0].shape))
-    question = {"prompt": " ".join(["w5"] * 30), "choices": [" w7", " w8", " w9", " w10"], "label": 0}
-    multiple_choice_accuracy(model, tiny_tokenizer(), [question, {**question, "label": 1}], batch_size=8)
-    assert read == [(1, 29), (8, 1)]  # both have one prompt; its last token predicts the first of each choice
 
 
 def test_log_likelihood_does_not_depend_on_batch_order_or_padding() -> None:
