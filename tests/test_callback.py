@@ -318,6 +318,10 @@ def test_runs_that_cannot_work_are_refused_at_the_start(arguments, message, tmp_
     assert not (tmp_path / "levels").exists()
 
 
+PLAIN = {"fp16": False, "deepspeed": None, "n_gpu": 1}
+PLAIN |= {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -331,10 +335,16 @@ def test_runs_that_cannot_work_are_refused_at_the_start(arguments, message, tmp_
     ],
 )
 def test_unsupported_arguments_say_what_to_do_instead(change, message) -> None:
-    plain = {"fp16": False, "deepspeed": None, "n_gpu": 1}
-    plain |= {"activation_checkpointing": False, "activation_checkpointing_kwargs": None}
     with pytest.raises(ValueError, match=message):
-        check_arguments(SimpleNamespace(**{**plain, **change}))  # type: ignore[arg-type]
+        check_arguments(SimpleNamespace(**{**PLAIN, **change}))  # type: ignore[arg-type]
+
+
+def test_processes_that_are_not_connected_are_refused(monkeypatch) -> None:
+    """As `accelerate launch` starts them on a CPU, when the script does not say that it is one."""
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"2 processes were launched, and they are not connected.*use_cpu=True"):
+        check_arguments(SimpleNamespace(**PLAIN, world_size=1))  # type: ignore[arg-type]
 
 
 def test_adapters_around_the_model_are_refused(tmp_path) -> None:

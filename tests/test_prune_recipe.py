@@ -60,11 +60,15 @@ def command_line(values: dict) -> list[str]:
     return words
 
 
-def launch_on_two(values: dict) -> None:
+def run_on_two(values: dict) -> subprocess.CompletedProcess:
     command = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     command += ["--config_file", "recipes/accelerate/cpu.yaml", "recipes/prune.py", *command_line(values)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch_on_two(values: dict) -> None:
+    result = run_on_two(values)
     assert result.returncode == 0, result.stderr
 
 
@@ -79,6 +83,15 @@ def test_command_line_and_yaml_do_the_same(folder) -> None:
         assert (folder / run / "levels" / "sparsity-0.40" / "model.safetensors").is_file()
     assert Trajectory.load(folder / "by-file" / "levels").calibration["sha256"] == first.calibration["sha256"]
     assert not (folder / "overridden").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes would take an accelerator each")
+def test_processes_that_are_not_told_to_use_the_cpu_are_refused(folder) -> None:
+    result = run_on_two({**options(folder, "apart"), "use_cpu": False})
+    assert result.returncode != 0
+    assert "2 processes were launched, and they are not connected" in result.stderr
+    assert not (folder / "apart" / "levels").exists()
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.lora import merge, merge_adapters
 from gisp_hf.recovery.lora_record import Recovery
 from gisp_hf.recovery.time_limit import TimeLimit
+from gisp_hf.recovery.training import train_on
 from gisp_hf.recovery.vectors import attach_vectors
 from tests.lora import Watch, data_of, logits_of, recover, words
 from tests.restoring import ids_of, pair
@@ -305,3 +306,10 @@ def test_two_processes_train_as_one_does(made, tmp_path) -> None:
     tensors, wanted = (load_file(f / "model.safetensors") for f in (tmp_path / "two" / "out", made.distilled))
     for name, tensor in wanted.items():
         torch.testing.assert_close(tensors[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_processes_that_are_not_connected_train_nothing(monkeypatch) -> None:
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 processes were launched, and they are not connected"):
+        train_on(tiny_model(), None, SimpleNamespace(world_size=1))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from gisp_hf.data import Calibration
 from gisp_hf.losses.distillation import Distillation
 from gisp_hf.losses.objectives import language_modeling_loss
 from gisp_hf.recovery.vectors import attach_vectors, fold_vectors
+from gisp_hf.training.distributed import check_connected
 
 TRAINING_KEYS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -72,9 +73,10 @@ def train_on(
         the Trainer, and facts of the training for a record.
 
     Raises:
-        ValueError: if FSDP or DeepSpeed shard the model.
+        ValueError: if FSDP or DeepSpeed shard the model, or processes are not connected.
         FloatingPointError: if the loss is not finite.
     """
+    check_connected(arguments)
     arguments = copy.copy(arguments)
     arguments.include_num_input_tokens_seen = "all"  # for the record
     trainer = Trainer(

@@ -16,6 +16,7 @@ from gisp_hf.models.shards import plain_parameters
 from gisp_hf.models.surgery import empty_copy
 from gisp_hf.models.wrapped import has_adapters, is_plain, quantization_of
 from gisp_hf.pruning.selection import minimum_kept
+from gisp_hf.training.distributed import check_connected
 from gisp_hf.training.mode import is_being_pruned
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def check_arguments(args: TrainingArguments, needs: Needs = "weight_gradients") 
     Raises:
         ValueError: with what to do instead.
     """
+    check_connected(args)
     if args.fp16:
         raise ValueError(
             "fp16=True scales gradients up and skips steps that overflow, which breaks the scores; use bf16=True, or "

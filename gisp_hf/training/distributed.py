@@ -1,6 +1,7 @@
 """How the Trainer was launched, and whether all processes agree."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,23 @@ class DivergenceError(RuntimeError):
 def is_distributed(args: TrainingArguments) -> bool:
     """Whether DDP or FSDP wraps the model: under a launcher they do so with a single process too."""
     return args.parallel_mode == ParallelMode.DISTRIBUTED
+
+
+def check_connected(args: TrainingArguments) -> None:
+    """Refuses processes that were launched together and know nothing of each other.
+
+    Accelerate connects the processes of a CPU only if it is told to use the CPU.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, and they are not connected: each would do all the work and write to "
+            "the same folder. On a CPU set TrainingArguments(use_cpu=True) (--use_cpu); elsewhere look why torch sees "
+            "no device"
+        )
 
 
 def uses_fsdp(args: TrainingArguments) -> bool:
