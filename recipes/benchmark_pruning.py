@@ -63,6 +63,14 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 8,
         "vocab_size": 4000,
     },
+    # A quarter of its width.
+    "llama-2-7b-quarter": {
+        "hidden_size": 1024,
+        "intermediate_size": 2752,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 8,
+        "vocab_size": 8000,
+    },
     "tiny": {
         "hidden_size": 32,
         "intermediate_size": 24,
