@@ -135,7 +135,7 @@ def train(cell: Cell, level: Path, material: Material, settings: Settings, teach
     )
     arguments = TrainingArguments(
         output_dir=str(material.work / "trainer"),
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=launch().device.type == "cpu",
         max_steps=1_000_000,  # the time ends it
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
