@@ -119,13 +119,28 @@ def test_the_command_trains_norms_and_says_so(tmp_path: Path, capsys) -> None:
     assert main([*command, str(folder), "--data", str(words(tmp_path))]) == 0
     said = capsys.readouterr().out
     assert "50%: norms trained on 512 tokens" in said
-    facts = json.loads((folder / "elastic.json").read_text())["norms"]
+    facts = json.loads((folder / "elastic.json").read_text())
+    assert facts["weights"] == {"0": 12.0, "0.3": 1.0, "0.5": 1.0}
+    facts = facts["norms"]
     assert list(facts) == ["0", "0.3", "0.5"] and facts["0.5"]["objective"] == "language_modeling"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.elastic["norms"] == [0.0, 0.3, 0.5]
     full = norms_of(loaded)
     assert any(not torch.equal(weight, norms_of(tiny_model())[name]) for name, weight in full.items())
     assert any(not torch.equal(weight, full[name]) for name, weight in norms_of(loaded.set_sparsity(0.5)).items())
+
+
+def test_full_width_weighs_more_where_the_norms_repair_the_levels(tmp_path: Path) -> None:
+    model = tiny_model()
+    base = save_base(model, tmp_path / "base")
+    tiny_tokenizer().save_pretrained(base)
+    prune(model, tmp_path, config=tiny_config(num_steps=2, sparsity_levels=(0.5,)))
+    command = ["elastic", str(tmp_path / "levels"), "--base-model", str(base), "--tokens", "512", "--norms", "levels"]
+    command += ["--data", str(words(tmp_path)), "--output"]
+    for options, weight in ([], 100.0), (["--full-weight", "7"], 7.0):
+        folder = tmp_path / f"elastic-{weight:g}"
+        assert main([*command, str(folder), *options]) == 0
+        assert json.loads((folder / "elastic.json").read_text())["weights"] == {"0": weight, "0.5": 1.0}
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:

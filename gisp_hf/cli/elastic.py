@@ -6,7 +6,7 @@ import json
 from gisp_hf.cli.common import SOURCE_HELP, add_base_options, run_folder, say
 from gisp_hf.levels.elastic import FACTS_FILE
 from gisp_hf.recovery.config import RestoreConfig
-from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT
+from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT, FULL_WEIGHT_BESIDE_NORMS
 from gisp_hf.recovery.elastic_file import write_elastic
 
 DESCRIPTION = (
@@ -40,8 +40,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--full-weight",
         type=float,
         metavar="W",
-        default=FULL_WEIGHT,
-        help=f"weight of the full width in the fit; each level has 1 (default: {FULL_WEIGHT:g})",
+        help=f"weight of the full width in the fit; each level has 1 (default: {FULL_WEIGHT:g}, and "
+        f"{FULL_WEIGHT_BESIDE_NORMS:g} with --norms levels, which repairs the levels)",
     )
     parser.add_argument(
         "--streams",
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         levels=options.levels,
         config=config,
-        weights={FULL: options.full_weight},
+        weights=None if options.full_weight is None else {FULL: options.full_weight},
         streams=options.streams,
         full_apart=options.full_apart,
         norms=options.norms,

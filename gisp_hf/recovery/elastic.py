@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 FULL = 0.0  # the sparsity of full width
 FULL_WEIGHT = 12.0  # of full width in the fit; levels have 1
+FULL_WEIGHT_BESIDE_NORMS = 100.0  # where the levels, and not full width, get norms of their own, which repair them
 
 
 @dataclass(frozen=True)
