@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -56,11 +57,7 @@ EVALUATION_BATCH = 4  # windows at once
 QUESTION_DOMAIN = "wikipedia"  # the questions are how its held-out passages go on
 QUESTION_WORDS = 8  # of a prompt, and of each of its four continuations
 PROMPT_TOKENS = 256  # of the prompt whose prefill is timed, batch 1
-# One process imports everything, six seconds' work, and each cell's process is a fork of it that has run nothing yet.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["evaluate", "recipes.calibrated_run", "recipes.compare_settings", "recipes.prune_multiple_choice"]
-)
+IMPORTS = ["evaluate", "recipes.calibrated_run", "recipes.compare_settings", "recipes.prune_multiple_choice"]
 
 
 def is_done(path: Path, settings: Mapping[str, Any]) -> bool:
@@ -262,8 +259,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str, threads: int | None) -> None:
-    """The same command for one cell alone, in a process that starts with everything imported.
+def cell_processes() -> SpawnContext | ForkServerContext:
+    """How the processes of cells start.
+
+    On a CPU one process imports everything, six seconds' work, and each cell's process is a fork of it, which has run
+    nothing yet. CUDA does not survive a fork, and some package may start it on import: there each imports anew.
+    """
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(IMPORTS)
+    return context
+
+
+def run_in_its_own_process(
+    cell: Cell, argv: Sequence[str], *, dtype: str, threads: int | None, context: SpawnContext | ForkServerContext
+) -> None:
+    """The same command for one cell alone.
 
     Args:
         threads: of torch; None: as many as it takes by itself.
@@ -271,7 +281,7 @@ def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str, threa
     Raises:
         RuntimeError: it failed; what it printed stands above.
     """
-    process = SERVER.Process(target=run_alone, args=([*argv, "--dtype", dtype, "--cell", cell.file], threads))
+    process = context.Process(target=run_alone, args=([*argv, "--dtype", dtype, "--cell", cell.file], threads))
     process.start()
     process.join()
     if process.exitcode:
@@ -338,10 +348,11 @@ def main(argv: Sequence[str]) -> None:
     cores = os.cpu_count() or 1
     jobs = options.jobs or (1 if torch.cuda.is_available() or cores < 2 else 2)
     threads = max(1, cores // jobs) if jobs > 1 else None
+    context = cell_processes()
     report = compare(
         comparison,
         folder,
-        run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype, threads=threads),
+        run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype, threads=threads, context=context),
         jobs=jobs,
     )
     print(f"\n{report}\nIn {folder}: results.md, plots, and one JSON file a cell")

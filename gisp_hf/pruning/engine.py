@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from gisp_hf.config import GISPConfig
 from gisp_hf.criteria.base import Criterion, Needs, Sums
 from gisp_hf.criteria.compensation import Compensation
+from gisp_hf.models import family_of
 from gisp_hf.models.gates import Gates
 from gisp_hf.models.layout import Layout
 from gisp_hf.models.plain import find_plain_sizes
-from gisp_hf.models.shards import add_over_ranks, all_ranks, is_sharded, shard_group
+from gisp_hf.models.shards import add_over_ranks, all_ranks, is_sharded, plain_parameters, shard_group
 from gisp_hf.models.surgery import check_compensable, compensated, slice_structures, zero_structures
 from gisp_hf.pruning.methods import find_method
 from gisp_hf.pruning.normalization import normalizer, standardize
@@ -136,6 +137,15 @@ class Engine:
         numbers = [n for part in self.passes for n in part] if layer_pass is None else self.passes[layer_pass]
         names = (member.parameter for number in numbers for member in self.now.blocks[number].members)
         return list(dict.fromkeys(names))
+
+    def trained_parameters(self) -> list[str]:
+        """Names of the parameters that need a gradient; the Trainer's backward pass needs one at least."""
+        if self.criterion.needs == "weight_gradients":
+            return self.scored_parameters()
+        layers = family_of(self.model).layers + "."
+        parameters = list(plain_parameters(self.model))
+        small = [name for name, parameter in parameters if parameter.ndim == 1 and not name.startswith(layers)]
+        return small[-1:] or [name for name, _ in parameters][-1:]  # the final norm
 
     @property
     def removed_parameters(self) -> int:

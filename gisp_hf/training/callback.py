@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from gisp_hf.config import GISPConfig, level_name
 from gisp_hf.losses.chunked import ChunkedLoss
-from gisp_hf.models import discover, family_of
+from gisp_hf.models import discover
 from gisp_hf.models.shards import is_sharded, plain_parameters
 from gisp_hf.models.wrapped import bare_model, is_plain
 from gisp_hf.pruning.engine import Engine, NonFiniteGradientError
@@ -290,15 +290,7 @@ class PruningCallback(TrainerCallback):
         self._use_cache = use_cache
         if is_distributed(args):  # the wrapper looks at the flags before training begins
             self._mode = CalibrationMode(model)
-            self._mode.freeze_all_but(self._trained_parameters(model))
-
-    def _trained_parameters(self, model: PreTrainedModel) -> list[str]:
-        """Names of the parameters that need a gradient; the Trainer's backward pass needs one at least."""
-        if self.engine.criterion.needs == "weight_gradients":
-            return self.engine.scored_parameters()
-        layers = family_of(model).layers + "."
-        small = [name for name, p in plain_parameters(model) if p.ndim == 1 and not name.startswith(layers)]
-        return small[-1:] or [name for name, _ in plain_parameters(model)][-1:]  # the final norm
+            self._mode.freeze_all_but(self.engine.trained_parameters())
 
     def _begin(
         self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel, *, dataloader: Any, tokenizer: Any
@@ -307,7 +299,7 @@ class PruningCallback(TrainerCallback):
         model = bare_model(model)
         if self._mode is None:
             self._mode = CalibrationMode(model)
-            self._mode.freeze_all_but(self._trained_parameters(model))
+            self._mode.freeze_all_but(self.engine.trained_parameters())
         mode = self._mode
         mode.model = self.engine.model = model  # FSDP2 has put another object in its place
         mode.claim()
