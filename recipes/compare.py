@@ -270,9 +270,7 @@ def cell_processes() -> SpawnContext | ForkServerContext:
     return context
 
 
-def run_in_its_own_process(
-    cell: Cell, argv: Sequence[str], *, dtype: str, threads: int | None, context: SpawnContext | ForkServerContext
-) -> None:
+def run_in_its_own_process(cell: Cell, argv: Sequence[str], *, dtype: str, threads: int | None) -> None:
     """The same command for one cell alone.
 
     Args:
@@ -281,7 +279,8 @@ def run_in_its_own_process(
     Raises:
         RuntimeError: it failed; what it printed stands above.
     """
-    process = context.Process(target=run_alone, args=([*argv, "--dtype", dtype, "--cell", cell.file], threads))
+    command = [*argv, "--dtype", dtype, "--cell", cell.file]
+    process = cell_processes().Process(target=run_alone, args=(command, threads))
     process.start()
     process.join()
     if process.exitcode:
@@ -348,11 +347,10 @@ def main(argv: Sequence[str]) -> None:
     cores = os.cpu_count() or 1
     jobs = options.jobs or (1 if torch.cuda.is_available() or cores < 2 else 2)
     threads = max(1, cores // jobs) if jobs > 1 else None
-    context = cell_processes()
     report = compare(
         comparison,
         folder,
-        run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype, threads=threads, context=context),
+        run=lambda cell: run_in_its_own_process(cell, argv, dtype=comparison.dtype, threads=threads),
         jobs=jobs,
     )
     print(f"\n{report}\nIn {folder}: results.md, plots, and one JSON file a cell")
