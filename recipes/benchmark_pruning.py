@@ -15,6 +15,9 @@ Each runs in a process of its own. Memory on a GPU is the peak that torch counts
 process over what it held before the model was loaded: there glibc is told to return freed blocks at once, which takes
 time, so that the peak is what the run needs and not what the allocator keeps for later. The peak of the timed process,
 whose allocator keeps what it likes, stands beside it ("resident"). Prints the ratios to (a).
+
+Seconds of a step end when its structures are removed. (b) and (c) then write a level, which (a) does not; that time
+stands by itself ("writing").
 """
 
 import argparse
@@ -225,6 +228,7 @@ def child(side: str, options: argparse.Namespace) -> None:
         start = time.perf_counter()
         order, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
         parts = stopwatch.seconds
+        seconds[-1] -= parts["writing levels"]  # the masked run writes none
         parts["decoder layers, Trainer, rest"] = time.perf_counter() - start - sum(parts.values())
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
@@ -273,13 +277,14 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
             "total": sum(side["seconds"]),
             "first": side["seconds"][0],
             "last": side["seconds"][-1],
+            "writing": side["parts"].get("writing levels", 0.0),
             "peak": side["peak"] / 1e6,
             "resident": side["resident"] / 1e6,
         }
         for name, side in results.items()
     ]
-    columns = {"side": "", "total": "total, s", "first": "first step, s", "last": "last step, s", "peak": "peak, MB"}
-    columns |= {"resident": "resident, MB"}
+    columns = {"side": "", "total": "total, s", "first": "first step, s", "last": "last step, s"}
+    columns |= {"writing": "writing, s", "peak": "peak, MB", "resident": "resident, MB"}
     print("\n" + format_table(rows, columns, formats={"peak": ",.0f", "resident": ",.0f"}))
     print(
         f"\ntime {summary['time_ratio']:.2f}, last step {summary['last_step_ratio']:.2f}, memory "

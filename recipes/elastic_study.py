@@ -2,7 +2,7 @@
 
     python -m recipes.elastic_study --run runs/restore_study/levels-mixture --base runs/restore_study/base
     python -m recipes.elastic_study --full-weight 1 --streams own --tokens 16512
-    python -m recipes.elastic_study --full-weight 100 --norms levels
+    python -m recipes.elastic_study --norms levels            # with --full-weight 100, as gisp-hf elastic
     python -m recipes.elastic_study --report        # the table again, from the results that are there
 
 The run is that of ``recipes.restore_study`` (a third of each domain, 4,096 tokens in each of 12 steps, to 50 %); it is
@@ -28,7 +28,7 @@ from gisp_hf.levels.elastic import make_elastic, save_elastic
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
-from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT, level_weights
+from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT, FULL_WEIGHT_BESIDE_NORMS, level_weights
 from gisp_hf.recovery.elastic_file import give_norms, record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=WORK / "levels-mixture", metavar="DIR", help="of a pruning run")
     parser.add_argument("--base", type=Path, default=WORK / "base", metavar="DIR", help="the unpruned model")
     parser.add_argument("--streams", choices=("none", "unpruned", "own"), default="unpruned")
-    parser.add_argument("--full-weight", type=float, default=FULL_WEIGHT, metavar="W")
+    parser.add_argument("--full-weight", type=float, metavar="W", help="default: that of gisp-hf elastic")
     parser.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="of calibration")
     parser.add_argument("--blend", type=float, default=0.5, metavar="FRACTION", help="of targets, for --streams own")
     parser.add_argument(
@@ -131,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--report", action="store_true", help="write the table again, and run nothing")
     options = parser.parse_args(argv)
     options.dtype = fast_dtype("cpu")
+    if options.full_weight is None:
+        options.full_weight = FULL_WEIGHT_BESIDE_NORMS if options.norms == "levels" else FULL_WEIGHT
     options.output_dir.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     if not options.report:

@@ -25,6 +25,7 @@ def test_masked_and_gisp_hf_remove_the_same(tmp_path, capsys) -> None:
     assert summary["same_order"] and summary["removed"] > 50 and summary["removed_differently"] == 0
     assert summary["time_ratio"] > 0 and summary["memory_ratio"] > 0 and summary["resident_ratio"] > 0
     assert all(row["peak"] > 0 for row in summary["rows"]) and all(row["resident"] > 0 for row in summary["rows"])
+    assert [row["writing"] > 0 for row in summary["rows"]] == [False, True, True]
     activation = summary["activation"]
     assert activation["memory_ratio"] > 0 and 0 < activation["shared"] <= min(activation["removed"], summary["removed"])
     printed = capsys.readouterr().out
