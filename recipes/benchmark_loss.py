@@ -73,14 +73,14 @@ def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
     loss_of = make_loss(way, options.chunk_tokens)
     hidden.requires_grad_()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         loss = loss_of(hidden, weight, targets)
         (gradient,) = torch.autograd.grad(loss, hidden)
         seconds.append(time.perf_counter() - start)
-    peak = _status_bytes("VmHWM") - before
+    peak = status_bytes("VmHWM") - before
     true_loss, true_gradient = reference(hidden.detach(), weight, targets)
     return {
         "way": way,
@@ -93,7 +93,7 @@ def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def _status_bytes(name: str) -> int:
+def status_bytes(name: str) -> int:
     """A field of /proc/self/status, which is in KiB."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

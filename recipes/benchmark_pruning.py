@@ -11,10 +11,11 @@
     as it is complete, structures sliced out as it goes, and the loss taken a few tokens at a time.
 (c) "activation" is (b) with method="gisp-activation": no gradient of any weight of a layer. It ranks by another score.
 
-Each runs in a process of its own. Memory on a GPU is the peak that torch counts. On a CPU it is the peak of a second
-process over what it held before the model was loaded: there glibc is told to return freed blocks at once, which takes
-time, so that the peak is what the run needs and not what the allocator keeps for later. The peak of the timed process,
-whose allocator keeps what it likes, stands beside it ("resident"). Prints the ratios to (a).
+Each runs in a process of its own. Memory on a GPU is the peak that torch counts. On a CPU it is the weights and what a
+second process holds at most beyond what it held when they were loaded: there glibc is told to return freed blocks at
+once, which takes time, so that the peak is what the run needs and not what the allocator keeps for later. The peak of
+the timed process, whose allocator keeps what it likes, over what it held before the model was loaded stands beside it
+("resident"). Prints the ratios to (a).
 
 Seconds of a step end when its structures are removed. (b) and (c) then write a level, which (a) does not; that time
 stands by itself ("writing").
@@ -23,7 +24,6 @@ stands by itself ("writing").
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -47,6 +47,7 @@ from gisp_hf.pruning.normalization import normalizer
 from gisp_hf.pruning.selection import minimum_kept, parameter_budget, removed_masks, select
 from gisp_hf.report import format_table
 from gisp_hf.training import identity
+from recipes.benchmark_loss import status_bytes
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -150,7 +151,13 @@ class _Clock(TrainerCallback):
 
 
 def prune_ours(
-    model: PreTrainedModel, data: list[dict[str, Any]], *, config: GISPConfig, batch_size: int, chunk_tokens: int | None
+    model: PreTrainedModel,
+    data: list[dict[str, Any]],
+    *,
+    config: GISPConfig,
+    batch_size: int,
+    chunk_tokens: int | None,
+    checkpointing: bool,
 ) -> Any:
     """A Trainer with the callback. Returns (removal order, seconds per step)."""
     clock = _Clock()
@@ -162,6 +169,8 @@ def prune_ours(
             gradient_accumulation_steps=len(data) // batch_size,
             train_sampling_strategy="sequential",  # the same batches as the other side
             max_grad_norm=0.0,
+            activation_checkpointing=checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -209,10 +218,14 @@ def child(side: str, options: argparse.Namespace) -> None:
     """One side, in this process; prints one line of JSON."""
     if options.shape == "smollm2":
         import gensim  # noqa: F401  what loading the text imports is not the model's memory
-    before = _resident()
+    before = status_bytes("VmRSS")
     model, data = load(
         options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
     )
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not torch.cuda.is_available():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    loaded = status_bytes("VmRSS")
     config = GISPConfig(
         num_steps=options.steps,
         sparsity_levels=(options.sparsity,),
@@ -223,25 +236,24 @@ def child(side: str, options: argparse.Namespace) -> None:
     if side == "masked":
         order, seconds = prune_masked(model, data, config=config, batch_size=options.batch_size)
     else:
-        chunk = options.chunk_tokens or None
         stopwatch = watch_parts()
         start = time.perf_counter()
-        order, seconds = prune_ours(model, data, config=config, batch_size=options.batch_size, chunk_tokens=chunk)
+        order, seconds = prune_ours(
+            model,
+            data,
+            config=config,
+            batch_size=options.batch_size,
+            chunk_tokens=options.chunk_tokens or None,
+            checkpointing=options.checkpointing,
+        )
         parts = stopwatch.seconds
         seconds[-1] -= parts["writing levels"]  # the masked run writes none
         parts["decoder layers, Trainer, rest"] = time.perf_counter() - start - sum(parts.values())
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    highest = status_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else weights + highest - loaded
     order = torch.cat(list(order)).tolist()
-    print("RESULT " + json.dumps({"seconds": seconds, "peak": peak, "order": order, "parts": parts}))
-
-
-def _resident() -> int:
-    """Bytes that the process holds now (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    memory = {"peak": peak, "resident": highest - before, "weights": weights}
+    print("RESULT " + json.dumps({"seconds": seconds, **memory, "order": order, "parts": parts}))
 
 
 def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
@@ -251,10 +263,10 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         for side in SIDES:
             print(f"running {side}, {turn} of {options.repeats} ...", flush=True)
             found = run_side(side, argv)
-            if side not in results or sum(found["seconds"]) < sum(results[side]["seconds"]):
-                results[side] = found
+            if side in results:
+                found["seconds"] = [min(pair) for pair in zip(found["seconds"], results[side]["seconds"])]
+            results[side] = found
     for side, found in results.items():
-        found["resident"] = found["peak"]
         if not torch.cuda.is_available():
             print(f"running {side} for its memory ...", flush=True)
             found["peak"] = run_side(side, argv, TIGHT)["peak"]
@@ -262,9 +274,13 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in results.values()]
     activation = {**_ratios(results["activation"], masked), "removed": len(gone[2]), "shared": len(gone[0] & gone[2])}
     summary = {
+        "shape": options.shape,
+        "tokens": options.blocks * options.block_length,
         "steps": options.steps,
         "repeats": options.repeats,
         "channel_multiple": options.channel_multiple,
+        "checkpointing": options.checkpointing,
+        "weights_mb": masked["weights"] / 1e6,
         **_ratios(ours, masked),
         "removed": len(gone[0]),
         "removed_differently": len(gone[0] ^ gone[1]) // 2,
@@ -274,6 +290,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     rows = [
         {
             "side": name,
+            "seconds": side["seconds"],
             "total": sum(side["seconds"]),
             "first": side["seconds"][0],
             "last": side["seconds"][-1],
@@ -294,7 +311,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     print(
         f"activation: time {activation['time_ratio']:.2f}, last step {activation['last_step_ratio']:.2f}, memory "
         f"{activation['memory_ratio']:.2f} of the masked run; {activation['removed']:,} structures removed, "
-        f"{activation['shared']:,} of them also by the masked run"
+        f"{activation['shared']:,} of them also by the masked run; peak "
+        f"{results['activation']['peak'] / masked['weights']:.2f} x the weights"
     )
     parts = [{"part": name, "seconds": seconds} for name, seconds in ours["parts"].items()]
     print("\n" + format_table(parts, {"part": "gisp_hf, part", "seconds": "s"}))
@@ -340,7 +358,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--channel-multiple", type=int, default=1, metavar="N", help="of the channels that layers have, in every step"
     )
-    parser.add_argument("--repeats", type=int, default=1, help="the sides take turns, and each keeps its fastest run")
+    parser.add_argument("--checkpointing", action="store_true", help="of activations, in (b) and (c)")
+    parser.add_argument("--repeats", type=int, default=1, help="the sides take turns; a step counts by its fastest run")
     parser.add_argument("--output", type=Path, help="write the summary there as JSON")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
