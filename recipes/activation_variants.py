@@ -1,4 +1,4 @@
-"""Other ways to add up the derivatives of gates, for `recipes/ablations.yaml`.
+"""Other ways to add up the derivatives of gates, for `recipes/ablations.yaml` and `recipes/powers.yaml`.
 
 A module of its own shows how a criterion that the package does not have joins a run: ``imports`` in the settings.
 """
@@ -9,11 +9,25 @@ from gisp_hf.criteria.gate import Gate
 from gisp_hf.pruning.methods import Method, register_method
 
 
-class Squared(Gate):
-    """``sum over tokens of (dL/dz_t)^2``, the diagonal of the empirical Fisher information of the gates."""
+class Power(Gate):
+    """``sum over tokens of |dL/dz_t|^power``. 2: the diagonal of the empirical Fisher information of the gates."""
+
+    power: float
 
     def reduce(self, gates: torch.Tensor) -> torch.Tensor:
-        return gates.square_().flatten(0, -2).sum(dim=0)
+        return gates.abs_().pow_(self.power).flatten(0, -2).sum(dim=0)
+
+
+class FiveQuarters(Power):
+    power = 1.25
+
+
+class ThreeHalves(Power):
+    power = 1.5
+
+
+class Squared(Power):
+    power = 2
 
 
 class PerSequence(Gate):
@@ -23,10 +37,10 @@ class PerSequence(Gate):
         return gates.sum(dim=-2).abs_().flatten(0, -2).sum(dim=0)
 
 
-register_method(
-    "activation-squared", Method(Squared, normalization="none", description="squares of derivatives of gates")
-)
-register_method(
-    "activation-per-sequence",
-    Method(PerSequence, normalization="none", description="derivatives of gates, one absolute value a sequence"),
-)
+for name, criterion, description in (
+    ("activation-power-1.25", FiveQuarters, "derivatives of gates to the power 1.25"),
+    ("activation-power-1.5", ThreeHalves, "derivatives of gates to the power 1.5"),
+    ("activation-squared", Squared, "squares of derivatives of gates"),
+    ("activation-per-sequence", PerSequence, "derivatives of gates, one absolute value a sequence"),
+):
+    register_method(name, Method(criterion, normalization="none", description=description))

@@ -139,7 +139,10 @@ def activation_variants():
     methods.METHODS.update(before)
 
 
-@pytest.mark.parametrize("method", ["gisp-activation", "activation-squared", "activation-per-sequence"])
+POWERS = {"gisp-activation": 1, "activation-power-1.25": 1.25, "activation-power-1.5": 1.5, "activation-squared": 2}
+
+
+@pytest.mark.parametrize("method", [*POWERS, "activation-per-sequence"])
 def test_scores_of_gates_equal_loops_over_tokens_and_structures(method, activation_variants) -> None:
     model, ids = tiny_model(num_hidden_layers=2), tokens()
     _, found = scored(model, method, ids[:2], ids[2:])
@@ -163,14 +166,12 @@ def test_scores_of_gates_equal_loops_over_tokens_and_structures(method, activati
                     sum(float(value[c]) * float(gradient[c]) for c in range(first, first + width))
                     for value, gradient in zip(values, gradients)
                 ]
-                if method == "activation-squared":
-                    total += sum(slope**2 for slope in slopes)
-                elif method == "activation-per-sequence":
+                if method == "activation-per-sequence":
                     total += abs(sum(slopes))
                 else:
-                    total += sum(map(abs, slopes))
+                    total += sum(abs(slope) ** POWERS[method] for slope in slopes)
             expected.append(total)
-        tolerance = 1e-10 if method == "activation-squared" else 1e-7
+        tolerance = 1e-7 ** POWERS.get(method, 1)
         torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=tolerance)
 
 
