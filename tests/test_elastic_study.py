@@ -39,7 +39,7 @@ def test_numbers_are_those_of_the_models(tmp_path: Path, monkeypatch, capsys) ->
     command += ["--widths", "0", "0.4", "--new-tokens", "4"]
     for streams in ("none", "unpruned", "own"):
         elastic_study.main([*command, "--streams", streams])
-    elastic_study.main([*command, "--norms", "levels", "--norm-tokens", "1024"])
+    elastic_study.main([*command, "--full-weight", "12", "--norms", "levels", "--norm-tokens", "1024"])
     files = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
     normed = files.pop("unpruned-192-full12-norms_levels-1024")
     assert files.keys() == {"unrestored", "unpruned-192-full12", "own-192-full12-blend0.5"}
