@@ -28,7 +28,7 @@ from gisp_hf.levels.elastic import make_elastic, save_elastic
 from gisp_hf.models.dtype import fast_dtype
 from gisp_hf.recovery.batches import batches_of
 from gisp_hf.recovery.config import RestoreConfig
-from gisp_hf.recovery.elastic import FULL, FULL_WEIGHT, FULL_WEIGHT_BESIDE_NORMS, level_weights
+from gisp_hf.recovery.elastic import FULL, full_weight, level_weights
 from gisp_hf.recovery.elastic_file import give_norms, record, share
 from gisp_hf.report import format_table
 from recipes.compare_results import geometric_mean
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.dtype = fast_dtype("cpu")
     if options.full_weight is None:
-        options.full_weight = FULL_WEIGHT_BESIDE_NORMS if options.norms == "levels" else FULL_WEIGHT
+        options.full_weight = full_weight(options.norms)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     options.work.mkdir(parents=True, exist_ok=True)
     if not options.report:

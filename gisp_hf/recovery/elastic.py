@@ -120,6 +120,11 @@ def _solve(normal: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 # ---- all layers ------------------------------------------------------------------------------------------------------
 
 
+def full_weight(norms: str) -> float:
+    """The weight of full width in the fit by default, for norms of ``base``, ``levels`` or ``all``."""
+    return FULL_WEIGHT_BESIDE_NORMS if norms == "levels" else FULL_WEIGHT
+
+
 def level_weights(
     levels: Sequence[float], full: float = FULL_WEIGHT, others: Mapping[float, float] | None = None
 ) -> dict[float, float]:

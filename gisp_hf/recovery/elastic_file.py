@@ -18,14 +18,7 @@ from gisp_hf.models.dtype import slow_factor
 from gisp_hf.pruning.trajectory import Trajectory
 from gisp_hf.recovery.batches import Batch
 from gisp_hf.recovery.config import RestoreConfig
-from gisp_hf.recovery.elastic import (
-    FULL,
-    FULL_WEIGHT,
-    FULL_WEIGHT_BESIDE_NORMS,
-    SharedFit,
-    level_weights,
-    shared_weights,
-)
+from gisp_hf.recovery.elastic import FULL, SharedFit, full_weight, level_weights, shared_weights
 from gisp_hf.recovery.elastic_norms import train_norms
 from gisp_hf.recovery.layers import Layers, ModelWeights, shell_of
 from gisp_hf.recovery.restore import batches_for, draw
@@ -92,7 +85,7 @@ def write_elastic(
     trajectory = load_trajectory(repo_or_folder, revision=revision, token=token, endpoint=endpoint)
     levels = tuple(sorted(levels or trajectory.config.sparsity_levels))
     elastic_table(trajectory, levels)  # refuses levels beyond the trajectory
-    shares = level_weights(levels, FULL_WEIGHT_BESIDE_NORMS if norms == "levels" else FULL_WEIGHT, others=weights)
+    shares = level_weights(levels, full_weight(norms), others=weights)
     wanted = config is not None or calibration is not None
     if full_apart and not wanted:
         raise ValueError("full_apart keeps the unpruned output projections beside shared ones; give calibration text")
