@@ -75,7 +75,7 @@ METHODS: dict[str, Method] = {
     ),
     # Without a normalisation: dividing by parameters removes far too many heads (docs/ablations.md).
     "gisp-activation": Method(
-        Gate, normalization="none", description="|activation x its gradient| over tokens, no weight gradients"
+        Gate, normalization="none", description="|activation x its gradient|^1.25 over tokens, no weight gradients"
     ),
     "gisp-uniform": Method(
         Taylor, layout="uniform", description="as gisp, all layers of one size: levels are plain checkpoints"
