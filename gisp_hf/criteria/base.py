@@ -29,7 +29,8 @@ class Criterion:
     Attributes:
         needs: what the sums are made of. ``weights``: nothing of the data, so that one scoring serves the whole run.
             ``activations``: a forward pass on each process's share of the data. ``activation_gradients``: a backward
-            pass through activations too. ``weight_gradients``: ``.grad`` of every parameter of the blocks.
+            pass through activations too; scores are to be proportional to the loss, which the processes scale up.
+            ``weight_gradients``: ``.grad`` of every parameter of the blocks.
     """
 
     needs: Needs = "weights"

@@ -27,8 +27,8 @@ class Gate(ActivationCriterion):
     time, and each token counts once.
 
     Attributes:
-        power: of the derivatives before they are added up. Its root is taken of the sums, so scores are linear in the
-            loss.
+        power: of the derivatives before they are added up. Its root is taken of the sums, so that scores are
+            proportional to the loss.
     """
 
     needs = "activation_gradients"

@@ -220,6 +220,9 @@ class Engine:
             return  # weights never change
         sums = self._over_ranks(self.criterion.sums(self.now, numbers), self.criterion.needs)
         scores = self.criterion.scores(self.now, numbers, sums)
+        if self.criterion.needs == "activation_gradients" and (group := all_ranks()) is not None:
+            # A loss is scaled up by the number of processes, for the mean over them that parameters' gradients get.
+            scores = [score / dist.get_world_size(group) for score in scores]
         if not torch.stack([score.any() for score in scores]).any():  # one wait for the device
             raise ZeroScoreError(
                 "all scores are zero: the loss depends on no structure. Are all labels -100, or is the loss a "
@@ -246,9 +249,6 @@ class Engine:
         else:
             group = all_ranks()
         names, parts = list(sums), add_over_ranks(list(sums.values()), group)
-        if self.criterion.needs == "activation_gradients" and group is not None:
-            # A loss is scaled up by the number of processes, for the mean over them that parameters' gradients get.
-            parts = [part / dist.get_world_size(group) for part in parts]
         if parts:
             counts = torch.stack([(~part.isfinite()).sum() for part in parts])
             if counts.any():  # one wait for the device, not one per tensor
