@@ -260,16 +260,16 @@ def test_the_command_runs_each_cell_in_its_own_process(here, capfd, monkeypatch)
 def test_the_default_settings_are_those_that_the_page_describes() -> None:
     path = Path(compare.__file__).parent / "compare.yaml"
     full = read_config(path, changes={"dtype": "float32"})
-    assert (
-        full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2) and full.methods == (*METHODS, "gisp-restored")
-    )
+    assert full.levels == (0.2, 0.3, 0.4, 0.5) and full.seeds == (0, 1, 2)
+    restored = ("gisp-restored", "gisp-activation-restored")
+    assert full.methods == (*METHODS, *restored)
     assert full.calibrations == {"mixture": "wikipedia:1/3,news:1/3,code:1/3", "wikipedia": "wikipedia"}
     assert full.models == ("smollm2",) and full.evaluation_tokens == 8192
     fast = read_config(path, fast=True, changes={"dtype": "float32"})
     assert fast.evaluation_tokens == 4096 and len(fast.levels) == 2 and len(fast.seeds) == 1
     data = [name for name in full.methods if full.reads_data(name)]
     assert full.leading is not None and set(full.leading) < set(data)
-    assert full.once == ("gisp-uniform", "flap-compensated", "wanda-sp-owl", "second-order-tyr", "gisp-restored")
+    assert full.once == ("gisp-uniform", "flap-compensated", "wanda-sp-owl", "second-order-tyr", *restored)
     with_data = 2 * len(data) - len(full.once) + 2 * len(full.leading)
     assert len(full.cells()) == 1 + (len(full.methods) - len(data)) + with_data
 
