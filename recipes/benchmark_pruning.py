@@ -219,9 +219,8 @@ def child(side: str, options: argparse.Namespace) -> None:
     if options.shape == "smollm2":
         import gensim  # noqa: F401  what loading the text imports is not the model's memory
     before = status_bytes("VmRSS")
-    model, data = load(
-        options.shape, blocks=options.blocks, length=options.block_length, dtype=getattr(torch, options.dtype)
-    )
+    blocks = options.activation_blocks if side == "activation" and options.activation_blocks else options.blocks
+    model, data = load(options.shape, blocks=blocks, length=options.block_length, dtype=getattr(torch, options.dtype))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if not torch.cuda.is_available():
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
@@ -273,6 +272,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     masked, ours = results["masked"], results["gisp_hf"]
     gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in results.values()]
     activation = {**_ratios(results["activation"], masked), "removed": len(gone[2]), "shared": len(gone[0] & gone[2])}
+    activation["tokens"] = (options.activation_blocks or options.blocks) * options.block_length
     summary = {
         "shape": options.shape,
         "tokens": options.blocks * options.block_length,
@@ -309,8 +309,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         f"{summary['removed_differently']} of them other ones; same order: {summary['same_order']}"
     )
     print(
-        f"activation: time {activation['time_ratio']:.2f}, last step {activation['last_step_ratio']:.2f}, memory "
-        f"{activation['memory_ratio']:.2f} of the masked run; {activation['removed']:,} structures removed, "
+        f"activation, {activation['tokens']:,} tokens a step: time {activation['time_ratio']:.2f}, "
+        f"last step {activation['last_step_ratio']:.2f}, memory {activation['memory_ratio']:.2f} of the masked run; {activation['removed']:,} structures removed, "
         f"{activation['shared']:,} of them also by the masked run; peak "
         f"{results['activation']['peak'] / masked['weights']:.2f} x the weights"
     )
@@ -350,6 +350,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="pruning steps")
     parser.add_argument("--sparsity", type=float, default=0.5, help="at the end")
     parser.add_argument("--blocks", type=int, default=8, help="calibration blocks in each step")
+    parser.add_argument("--activation-blocks", type=int, metavar="N", help="those of (c), if fewer do for it")
     parser.add_argument("--block-length", type=int, default=128, help="tokens in a block")
     parser.add_argument("--batch-size", type=int, default=8, help="blocks in a forward pass")
     parser.add_argument(
