@@ -5,9 +5,8 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN     = $(VENV)/bin
 WORKERS ?= 2
-# Modules are compiled when they are first imported: most of those that pip installs never are.
-export PIP_COMPILE = 0
-PYTEST  = OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+# Tests start hundreds of processes: their modules are compiled once, also where the environment asks for no bytecode.
+PYTEST  = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: quickstart bench benchmark compare ablations test test-fast test-llama lint format clean
 

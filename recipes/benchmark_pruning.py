@@ -310,8 +310,8 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     )
     print(
         f"activation, {activation['tokens']:,} tokens a step: time {activation['time_ratio']:.2f}, "
-        f"last step {activation['last_step_ratio']:.2f}, memory {activation['memory_ratio']:.2f} of the masked run; {activation['removed']:,} structures removed, "
-        f"{activation['shared']:,} of them also by the masked run; peak "
+        f"last step {activation['last_step_ratio']:.2f}, memory {activation['memory_ratio']:.2f} of the masked run; "
+        f"{activation['removed']:,} structures removed, {activation['shared']:,} of them also by the masked run; peak "
         f"{results['activation']['peak'] / masked['weights']:.2f} x the weights"
     )
     parts = [{"part": name, "seconds": seconds} for name, seconds in ours["parts"].items()]
