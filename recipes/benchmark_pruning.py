@@ -166,7 +166,7 @@ def prune_ours(
             output_dir=f"{folder}/trainer",
             max_steps=config.num_steps,
             per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=len(data) // batch_size,
+            gradient_accumulation_steps=-(-len(data) // batch_size),
             train_sampling_strategy="sequential",  # the same batches as the other side
             max_grad_norm=0.0,
             activation_checkpointing=checkpointing,
