@@ -219,7 +219,7 @@ def child(side: str, options: argparse.Namespace) -> None:
     if options.shape == "smollm2":
         import gensim  # noqa: F401  what loading the text imports is not the model's memory
     before = status_bytes("VmRSS")
-    blocks = options.activation_blocks if side == "activation" and options.activation_blocks else options.blocks
+    blocks = options.activation_blocks if side == "activation" else options.blocks
     model, data = load(options.shape, blocks=blocks, length=options.block_length, dtype=getattr(torch, options.dtype))
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if not torch.cuda.is_available():
@@ -272,7 +272,7 @@ def compare(options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     masked, ours = results["masked"], results["gisp_hf"]
     gone = [{i for i, position in enumerate(side["order"]) if position >= 0} for side in results.values()]
     activation = {**_ratios(results["activation"], masked), "removed": len(gone[2]), "shared": len(gone[0] & gone[2])}
-    activation["tokens"] = (options.activation_blocks or options.blocks) * options.block_length
+    activation["tokens"] = options.activation_blocks * options.block_length
     summary = {
         "shape": options.shape,
         "tokens": options.blocks * options.block_length,
@@ -363,7 +363,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="the sides take turns; a step counts by its fastest run")
     parser.add_argument("--output", type=Path, help="write the summary there as JSON")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.activation_blocks = options.activation_blocks or options.blocks
+    return options
 
 
 def main(argv: list[str]) -> None:

@@ -94,9 +94,9 @@ class Gate(ActivationCriterion):
         return _ScoredIdentity.apply(inputs, score)
 
     def reduce(self, gates: torch.Tensor) -> torch.Tensor:
-        """The scores of a batch, (size,), from the derivatives of its gates, (B, T, size), which may be overwritten.
+        """What adds up over batches, (size,), from the derivatives of a batch's gates, (B, T, size), which may change.
 
-        Overwritten, with `power`, by criteria that differ in nothing else (`recipes.activation_variants`).
+        Replaced, with `power`, by criteria that differ in nothing else (`recipes.activation_variants`).
         """
         tokens = gates.flatten(0, -2)
         total = tokens.new_zeros(tokens.shape[1])
